@@ -1,0 +1,16 @@
+"""Errors that are the user's to mend: shown as one line, exit code 2, no traceback."""
+
+
+class InputError(ValueError):
+    """Bad input. The message says what is wrong, where (file:line, flag, tensor name), and how to fix it.
+
+    It is a ValueError so that library callers need to know no class of ours; the scripts turn it into one line on stderr
+    and exit code 2 (`nanorlhf.run.main`).
+    """
+
+
+def nearest(word, choices, cutoff=0.5):
+    """The choice that `word` most likely meant, or None: for messages such as "unknown X; did you mean Y?"."""
+    import difflib
+    found = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=cutoff)
+    return found[0] if found else None

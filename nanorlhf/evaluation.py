@@ -1,0 +1,147 @@
+"""What a policy is worth on held-out prompts: sampled and greedy answers, row by row, and the comparison of two policies.
+
+Every number here is the mean of a per-row value (BLEU, a corpus figure, aside), so that bootstrap intervals and paired
+comparisons are those of the rows.
+"""
+import torch
+
+from nanorlhf import metrics
+from nanorlhf.metrics.bootstrap import bootstrap_interval, paired_bootstrap
+from nanorlhf.rollout import decode, generate, score_tokens
+from nanorlhf.sequences import encode_queries
+from nanorlhf.tokenizer import pad
+
+
+@torch.no_grad()
+def answer(model, tokenizer, records, config, temperature, reference=None, seed=0, batch_size=128):
+    """Answer each record's prompt once.
+
+    Args:
+        model: a GPT2. records: list of Record. config: has template, max_query, max_response.
+        temperature: 0 is greedy.
+        reference: a GPT2 to measure the KL against: per row the sum over tokens of log pi - log ref, an unbiased estimate
+            of KL(policy || reference) where the tokens were sampled at temperature 1.
+        seed: of the sampling; the same seed gives the same answers.
+    Returns: a list of dicts with id, prompt, reference, response, length (tokens, EOS included), ended, exact_match (None
+        without a reference answer), and kl if a reference model is given.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    queries, _ = encode_queries(tokenizer, [record.prompt for record in records], config.template, config.max_query)
+    rows = []
+    for start in range(0, len(records), batch_size):
+        some = records[start:start + batch_size]
+        ids, mask = (x.to(model.device) for x in pad(queries[start:start + batch_size], tokenizer.pad_id, "left"))
+        responses, response_mask, logprobs = generate(model, ids, mask, config.max_response, temperature,
+                                                      eos_id=tokenizer.eos_id, generator=generator)
+        lengths = response_mask.sum(1)  # (B,)
+        ended = responses.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eos_id
+        columns = {"response": decode(tokenizer, responses, response_mask), "length": lengths.tolist(), "ended": ended.tolist()}
+        if reference is not None:
+            whole, whole_mask = torch.cat([ids, responses], 1), torch.cat([mask.bool(), response_mask], 1)
+            ref_logprobs, _, _ = score_tokens(reference, whole, whole_mask, responses.shape[1], temperature or 1.0)
+            columns["kl"] = ((logprobs - ref_logprobs) * response_mask).sum(1).tolist()
+        for i, record in enumerate(some):
+            rows.append({"id": record.id, "prompt": record.prompt, "reference": record.reference,
+                         **{name: column[i] for name, column in columns.items()}})
+    for row in rows:
+        row["exact_match"] = None if row["reference"] is None else float(metrics.exact_match(row["response"], row["reference"]))
+    return rows
+
+
+def add_rewards(rows, reward):
+    """Add each row's learned reward in place. `reward` is any callable (prompts, responses, references) -> (B,)."""
+    scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows], [row["reference"] for row in rows])
+    for row, score in zip(rows, torch.as_tensor(scores).tolist()):
+        row["reward"] = score
+    return rows
+
+
+def mean(rows, name):
+    """Mean of a per-row value over the rows that have it; None if none has."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def summary(rows):
+    """The numbers of one set of answers: reward, exact_match, conala_bleu, length, ended, kl, each None where not known."""
+    numbers = {name: mean(rows, name) for name in ("reward", "exact_match", "length", "ended", "kl")}
+    known = [row for row in rows if row["reference"] is not None]
+    numbers["conala_bleu"] = metrics.conala_bleu([row["response"] for row in known],
+                                                 [row["reference"] for row in known]) if known else None
+    return numbers
+
+
+def compare(before, after, name, seed=0):
+    """The paired difference after - before of a per-row value: {"difference", "low", "high", "p"}, a 95 % interval."""
+    pairs = [(a[name], b[name]) for a, b in zip(before, after) if a.get(name) is not None and b.get(name) is not None]
+    if not pairs:
+        return None
+    difference, low, high, p = paired_bootstrap([b for _, b in pairs], [a for a, _ in pairs], seed=seed)
+    return {"difference": difference, "low": low, "high": high, "p": p}
+
+
+def interval(rows, name, seed=0):
+    """A 95 % bootstrap interval (low, high) of the mean of a per-row value; None where no row has it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return bootstrap_interval(values, seed=seed) if values else None
+
+
+# What the final table shows: per-row values first, their meaning beside them.
+ROWS = {"reward": "learned reward", "exact_match": "exact match (AST-equal)", "conala_bleu": "CoNaLa BLEU",
+        "length": "response length, tokens", "kl": "KL to the SFT policy, nats", "ended": "ended with EOS"}
+
+
+def report(models, tokenizer, splits, config, reward, reference):
+    """Answer the test splits with each model, print the table and five samples, and return everything for results.json.
+
+    Args: models, {name: GPT2}, the baseline first; reference, the GPT2 that KL is measured against.
+    Returns: {"test": {split: {"sampled" | "greedy": {name: numbers}, "gain": {metric: paired difference}}}, "samples": [...]}.
+    """
+    results, samples = {}, []
+    for split, records in {"test": splits.test, **splits.extra}.items():
+        answers = {}
+        for mode, temperature in (("sampled", config.temperature), ("greedy", 0)):
+            for name, model in models.items():
+                rows = answer(model, tokenizer, records, config, temperature, reference if mode == "sampled" else None, config.seed)
+                answers[mode, name] = add_rewards(rows, reward)
+        results[split] = split_results(answers, list(models))
+        print(table(split, len(records), results[split]))
+        samples = samples or sample_answers(answers, list(models))
+    print("\nFive prompts, greedy answers")
+    for sample in samples:
+        print("\n  " + sample["prompt"].replace("\n", "\n  "))
+        for name in [*models, "reference"]:
+            print(f"    {name:<10}" + str(sample[name]).replace("\n", "\n" + " " * 14))
+    return {"test": results, "samples": samples}
+
+
+def split_results(answers, names):
+    """{"rows", "sampled": {name: numbers}, "greedy": {...}, "gain": {"sampled": {metric: ...}, "greedy": {...}}}."""
+    first, last = names[0], names[-1]
+    found = {mode: {name: summary(answers[mode, name]) for name in names} for mode in ("sampled", "greedy")}
+    found["gain"] = {mode: {metric: compare(answers[mode, first], answers[mode, last], metric) for metric in
+                            ("reward", "exact_match", "length", "ended")} for mode in ("sampled", "greedy")}
+    return found
+
+
+def table(split, count, results):
+    """A Markdown table of one split: a row a metric, a column a model, the last column the paired gain."""
+    names = list(results["sampled"])
+    lines = [f"\n| {split}, {count} prompts | " + " | ".join(names) + f" | {names[-1]} - {names[0]} [95 %] |",
+             "|---|" + "---:|" * (len(names) + 1)]
+    for mode in ("sampled", "greedy"):
+        for metric, meaning in ROWS.items():
+            values = [results[mode][name].get(metric) for name in names]
+            if any(value is None for value in values):
+                continue
+            gain = results["gain"][mode].get(metric)
+            shown = f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else f"{values[-1] - values[0]:+.3f}"
+            lines.append(f"| {meaning}, {mode} | " + " | ".join(f"{value:.3f}" for value in values) + f" | {shown} |")
+    return "\n".join(lines)
+
+
+def sample_answers(answers, names, count=5):
+    """The first prompts with every model's greedy answer."""
+    return [{"prompt": rows[0]["prompt"], "reference": rows[0]["reference"],
+             **{name: row["response"] for name, row in zip(names, rows)}}
+            for rows in list(zip(*(answers["greedy", name] for name in names)))[:count]]

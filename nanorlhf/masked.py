@@ -1,0 +1,65 @@
+"""Statistics over the tokens that count: mean, variance and whitening under a mask.
+
+Padding never reaches a result: masked entries may hold anything, NaN and infinities included, and receive zero gradient.
+"""
+import torch
+
+
+def check_shapes(**tensors):
+    """Raise a ValueError that names the tensors unless all have one shape; None entries are passed over."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def keep(x, mask):
+    """x * mask, with exact zeros where the mask is 0: 0 * NaN would be NaN, so the product alone does not mask."""
+    x = x if x.is_floating_point() else x.float()
+    return torch.where(mask != 0, x * mask, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def masked_mean(x, mask, dim=None):
+    """Mean of x over the tokens of the mask: sum(x * mask) / sum(mask).
+
+    Args:
+        x: any shape, such as (B, R); gradient flows.
+        mask: same shape, bool or float (a float mask is a weight per token).
+        dim: the dimension or dimensions to reduce; None reduces all.
+    Returns: the mean; 0 where the mask is empty.
+    """
+    check_shapes(x=x, mask=mask)
+    dims = tuple(range(x.dim())) if dim is None else dim
+    total, count = keep(x, mask).sum(dims), mask.sum(dims)
+    return total / torch.where(count == 0, 1, count)
+
+
+def masked_var(x, mask, unbiased=False):
+    """Variance of x over the tokens of the mask, biased (divided by n) unless told otherwise.
+
+    Args:
+        x: any shape, such as (B, R).
+        mask: same shape, bool or float.
+        unbiased: divide by n - 1 (Bessel's correction); one token then has variance 0, not NaN.
+    Returns: a scalar.
+    """
+    deviation = torch.where(mask != 0, x - masked_mean(x, mask), 0)  # zeroed before the square: its gradient would be NaN * 0
+    variance = masked_mean(deviation ** 2, mask)
+    if unbiased:
+        count = mask.sum()
+        variance = variance * count / (count - 1).clamp(min=1)
+    return variance
+
+
+def whiten(x, mask, center=True, unbiased=False, eps=1e-8):
+    """Scale x to variance 1 over the tokens of the mask: (x - mean) / sqrt(var + eps).
+
+    Args:
+        x: (B, R).
+        mask: (B, R), bool or float.
+        center: subtract the mean for good; False adds it back after the division, so that only the scale changes.
+        unbiased: variance over n - 1; the original PPO for language models (Ziegler et al. 2019) divides by n.
+    Returns: (B, R), 0 where the mask is 0. A one-token mask gives 0, not NaN.
+    """
+    mean, variance = masked_mean(x, mask), masked_var(x, mask, unbiased)
+    whitened = (x - mean) * torch.rsqrt(variance + eps)
+    return torch.where(mask != 0, whitened if center else whitened + mean, 0)

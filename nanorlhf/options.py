@@ -1,0 +1,53 @@
+"""Options that several scripts share; each script's Config adds its own below these. No torch here: `--help` is quick."""
+from dataclasses import dataclass
+
+from nanorlhf.config import option
+from nanorlhf.data import FORMATS
+from nanorlhf.errors import InputError
+
+
+@dataclass
+class RunOptions:
+    """Where and on what a training runs."""
+    out: str = option("runs/run", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
+    overwrite: bool = option(False, "replace the run that --out holds")
+    seed: int = option(0, "seed of everything random", at_least=0)
+    gpu: int | None = option(None, "run on this GPU; without it CUDA is taken if there, else the CPU", at_least=0)
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    precision: str = option("fp32", "bf16 runs matrix products in bfloat16; weights and losses stay float32",
+                         choices=("fp32", "bf16"))
+    save_steps: int = option(0, "write checkpoints/step-N every so many steps; 0: only the best and the final model", at_least=0)
+    keep_checkpoints: int = option(3, "how many checkpoints/step-N to keep", at_least=1)
+
+
+@dataclass
+class DataOptions:
+    """What is trained on, and how a prompt becomes a query."""
+    data: str = option("nano", "nano (embedded), conala, or a file or folder (see data/README.md)", group="Data", metavar="PATH")
+    data_format: str = option("auto", "format of the file; auto recognises it by its columns", choices=FORMATS)
+    validation: float = option(0.1, "share of rows split off for validation where the data has no such split", above=0, below=1)
+    test: float = option(0.1, "share of rows split off for the test where the data has no such split", above=0, below=1)
+    split_seed: int = option(0, "seed of these splits; every stage of a pipeline must use the same", at_least=0)
+    min_probability: float | None = option(None, "add CoNaLa's mined rows of at least this probability to the training rows",
+                                         at_least=0, at_most=1)
+    skip_bad_rows: bool = option(False, "leave faulty rows out, and say which, instead of stopping")
+    allow_overlap: bool = option(False, "train although training and held-out rows overlap")
+    template: str = option("{prompt}\n", "how a prompt becomes the query that the policy continues", group="Text")
+    max_query: int = option(64, "longest query in tokens; a longer one loses its beginning, and is counted", at_least=1)
+    max_response: int = option(48, "longest response in tokens, EOS included", at_least=1)
+
+    def check(self):
+        if "{prompt}" not in self.template:
+            raise InputError(f"--template {self.template!r} has no {{prompt}}; write for example '{{prompt}}\\n'")
+
+
+def data_flags(config):
+    """The data options as command-line words, for a stage that must see the same rows and queries."""
+    words = []
+    for name in DataOptions.__dataclass_fields__:
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    return words

@@ -1,0 +1,244 @@
+"""Figures from a run's log: one grid of small panels for each kind of training.
+
+    plot_ppo("runs/ppo")  ->  runs/ppo/plots/ppo.png
+
+The log is metrics.jsonl of the run folder: one JSON object a line, with `step` and flat metrics (`loss/policy`).
+Metrics that start with `eval/` are validation and drawn as points; all others are training, drawn faint step by step
+with a smooth line on top. A panel appears if any of its metrics was logged. Matplotlib is imported late and without
+pyplot, so that importing this room costs little and no display is needed.
+"""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from nanorlhf.errors import InputError
+
+# A panel is (title, definition, {metric: label}). What each metric means is said here, in the panel's second line.
+SFT = [
+    ("Loss", "mean -log π(token) over response tokens", {"loss": "train", "eval/loss": "validation"}),
+    ("Exact match", "share of greedy answers equal as syntax trees", {"eval/exact_match": "validation"}),
+    ("CoNaLa BLEU", "official script, 0 to 100", {"eval/conala_bleu": "validation"}),
+    ("EOS", "share of answers that end", {"eval/eos": "validation"}),
+    ("Gradient norm", "before clipping", {"grad_norm": "train"}),
+    ("Learning rate", "of AdamW", {"lr": "train"}),
+]
+REWARD = [
+    ("Loss", "Bradley–Terry or squared error", {"loss": "train", "eval/loss": "validation"}),
+    ("Accuracy", "share of pairs with chosen above rejected", {"accuracy": "train", "eval/accuracy": "validation"}),
+    ("Margin", "mean of score(chosen) - score(rejected)", {"margin": "train", "eval/margin": "validation"}),
+    ("Gradient norm", "before clipping", {"grad_norm": "train"}),
+    ("Learning rate", "of AdamW", {"lr": "train"}),
+]
+PPO = [
+    ("Reward", "mean score of the responses", {"objective/score": "train", "eval/reward": "validation"}),
+    ("Exact match", "share of answers equal as syntax trees", {"eval/exact_match": "validation"}),
+    ("CoNaLa BLEU", "official script, 0 to 100", {"eval/conala_bleu": "validation"}),
+    ("KL to the reference", "nats a response", {"objective/kl": "train", "eval/kl": "validation"}),
+    ("Shaped reward", "mean score - kl_coef · KL", {"objective/rewards": "train"}),
+    ("KL coefficient", "kl_coef, set by the controller", {"objective/kl_coef": "train"}),
+    ("Response length", "tokens, EOS included", {"response/length": "train", "eval/length": "validation"}),
+    ("EOS", "share of responses that end", {"response/eos": "train", "eval/eos": "validation"}),
+    ("Policy loss", "clipped surrogate", {"loss/policy": "train"}),
+    ("Entropy", "nats a token", {"policy/entropy": "train"}),
+    ("Approximate KL", "new against old policy, nats a token", {"policy/approx_kl": "train"}),
+    ("Clipped", "share of tokens", {"policy/clipfrac": "ratio", "value/clipfrac": "value"}),
+    ("Largest ratio", "max of π_new / π_old", {"policy/ratio_max": "train"}),
+    ("Value loss", "clipped squared error", {"loss/value": "train"}),
+    ("Explained variance", "1 - Var(returns - values) / Var(returns)", {"value/explained_variance": "train"}),
+    ("Gradient norm", "before clipping", {"grad_norm": "train"}),
+    ("Time", "seconds a step", {"time/rollout": "rollout", "time/update": "update"}),
+    ("Learning rate", "of AdamW", {"lr": "train"}),
+]
+DPO = [
+    ("Loss", "mean over pairs", {"loss": "train", "eval/loss": "validation"}),
+    ("Accuracy", "share of pairs with reward chosen > rejected",
+     {"rewards/accuracy": "train", "eval/accuracy": "validation"}),
+    ("Margin", "reward of chosen - rejected", {"rewards/margin": "train", "eval/margin": "validation"}),
+    ("Implicit rewards", "β (log π - log π_ref)", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    ("Log-probabilities", "log π(response), summed over tokens",
+     {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    ("Reward", "learned reward of answers", {"eval/reward": "validation"}),
+    ("Exact match", "share of answers equal as syntax trees", {"eval/exact_match": "validation"}),
+    ("CoNaLa BLEU", "official script, 0 to 100", {"eval/conala_bleu": "validation"}),
+    ("KL to the reference", "nats a response", {"eval/kl": "validation"}),
+    ("Response length", "tokens, EOS included", {"eval/length": "validation"}),
+    ("EOS", "share of responses that end", {"eval/eos": "validation"}),
+    ("Gradient norm", "before clipping", {"grad_norm": "train"}),
+    ("Learning rate", "of AdamW", {"lr": "train"}),
+]
+
+EXACT = ("lr", "objective/kl_coef")  # set, not measured: no noise to smooth away
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, GREEN, VERMILLION = "#0072B2", "#009E73", "#D55E00"
+INK, GREY, PALE = "#222222", "#6B6B6B", "#E4E4E4"
+STYLE = {"font.size": 9, "text.color": INK, "axes.edgecolor": "#B0B0B0", "axes.linewidth": 0.8,
+         "axes.labelcolor": GREY, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+         "axes.grid": True, "grid.color": PALE, "grid.linewidth": 0.7, "legend.fontsize": 8,
+         "xtick.color": GREY, "ytick.color": GREY, "xtick.labelsize": 8, "ytick.labelsize": 8}
+WIDTH, ROW, HEADER, FOOTER = 12, 2.3, 0.45, 0.3  # inches, at 150 pixels an inch
+
+
+def plot_sft(run_folder):
+    """Write plots/sft.png of a run of train_sft.py; returns its path."""
+    return _plot_run(run_folder, SFT, "sft", "Supervised fine-tuning")
+
+
+def plot_reward(run_folder):
+    """Write plots/reward.png of a run of train_reward.py; returns its path."""
+    return _plot_run(run_folder, REWARD, "reward", "Reward model")
+
+
+def plot_ppo(run_folder):
+    """Write plots/ppo.png of a run of train_ppo.py; returns its path."""
+    return _plot_run(run_folder, PPO, "ppo", "PPO")
+
+
+def plot_dpo(run_folder):
+    """Write plots/dpo.png of a run of train_dpo.py; returns its path."""
+    return _plot_run(run_folder, DPO, "dpo", "DPO")
+
+
+def _plot_run(run_folder, spec, name, title):
+    folder = Path(run_folder)
+    rows = read_log(folder / "metrics.jsonl")
+    results = folder / "results.json"  # written when a run ends: one that was killed has no best step to mark
+    best = json.loads(results.read_text(encoding="utf-8")).get("best_step") if results.exists() else None
+    return panels(rows, spec, folder / "plots" / f"{name}.png", f"{title}: {folder}", best)
+
+
+# ---- The log
+
+def read_log(path):
+    """The rows of a JSONL log, each a dict with "step". A last line cut short, as a killed run leaves it, is left out.
+
+    Any other bad line, no file, or a file without rows is an InputError.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such log; a run writes it as it trains") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no newline after it: the writer was stopped within this line
+                break
+            raise InputError(f"{path}:{number}: not a line of JSON ({error}); mend or remove the line") from None
+        if not isinstance(row, dict) or type(row.get("step")) not in (int, float):
+            raise InputError(f'{path}:{number}: not a row of a log: an object with a number "step" is expected')
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: the log has no rows yet: nothing to plot")
+    return rows
+
+
+def series(rows, metric):
+    """(steps, values) of one metric in the order of steps; of rows of one step (after a resume) the last counts."""
+    points = {row["step"]: row[metric] for row in rows if isinstance(row.get(metric), (int, float))}
+    steps = sorted(points)
+    return steps, [float(points[step]) for step in steps]
+
+
+def smooth(values, width):
+    """At each value, the least-squares line through its neighbours, `width` // 2 on either side where there are any.
+
+    In the middle that is the running mean; at the ends, unlike a running mean, it neither lags nor bends. Values that
+    are not finite are left out; where there is none in reach the result is NaN.
+    """
+    half = width // 2
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, half, constant_values=np.nan), 2 * half + 1)
+    known = np.isfinite(windows)  # (n, width)
+    offsets = np.arange(-half, half + 1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where a window is empty or holds one value
+        count = known.sum(1, keepdims=True)
+        x = np.where(known, offsets - (known * offsets).sum(1, keepdims=True) / count, 0)
+        centre = np.where(known, windows, 0).sum(1, keepdims=True) / count
+        slope = (x * np.where(known, windows - centre, 0)).sum(1) / (x ** 2).sum(1)
+        return centre[:, 0] - np.nan_to_num(slope) * (known * offsets).sum(1) / count[:, 0]
+
+
+# ---- The figure
+
+def panels(rows, spec, path, title, best_step=None, columns=3):
+    """Draw the panels of `spec` that have data as a grid, into a PNG 1800 pixels wide.
+
+    Args: rows, from `read_log`; spec, a list of (title, definition, {metric: label}); path, of the PNG; best_step,
+    where a dashed line goes. Returns: path. Errors: InputError if no panel has data.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure  # its savefig renders with Agg: no display, no state shared between figures
+
+    drawn = [panel for panel in spec if any(series(rows, metric)[0] for metric in panel[2])]
+    if not drawn:
+        wanted = ", ".join(metric for panel in spec[:3] for metric in panel[2])
+        raise InputError(f"{title}: the log holds none of the metrics to plot ({wanted}, ...)")
+    columns = min(columns, len(drawn))
+    n_rows = -(-len(drawn) // columns)
+    height = HEADER + ROW * n_rows + FOOTER
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, rect=(0, FOOTER / height, 1, ROW * n_rows / height))
+        grid = figure.subplots(n_rows, columns, squeeze=False, sharex=True).flatten()
+        for i, axes in enumerate(grid):
+            axes.set_visible(i < len(drawn))
+            if i < len(drawn):
+                _draw(axes, rows, *drawn[i], best_step, lowest=i + columns >= len(drawn))
+        figure.text(0.01, 1 - 0.12 / height, title, fontsize=14, fontweight="bold", va="top")
+        figure.text(0.01, 0.1 / height, _caption(best_step), fontsize=8.5, color=GREY)
+        return _write(figure, Path(path))
+
+
+def _caption(best_step):
+    best = f"     dashed: step {best_step}, the best by validation" if best_step is not None else ""
+    return f"faint: each step     line: smoothed     points: validation{best}"
+
+
+def _draw(axes, rows, title, definition, metrics, best_step, lowest):
+    """One panel: its series, the best step, a title with the definition under it."""
+    colours = iter((BLUE, GREEN))
+    for metric, label in metrics.items():
+        steps, values = series(rows, metric)
+        if not steps:
+            continue
+        if metric.startswith("eval/"):
+            axes.plot(steps, values, "o-", color=VERMILLION, linewidth=1, markersize=4, label=label, zorder=3)
+        else:
+            _draw_training(axes, steps, values, next(colours), label, noisy=metric not in EXACT)
+    if best_step is not None:
+        axes.axvline(best_step, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_title(title, fontsize=10.5, fontweight="bold", loc="left", pad=17)
+    axes.text(0, 1.035, definition, transform=axes.transAxes, fontsize=8.5, color=GREY, va="bottom")
+    axes.margins(x=0.02, y=0.12)
+    # No common factor such as 1e-5 above the axis: it would stand in the title.
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}".replace("-", "−"))
+    if definition.startswith("share"):
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.03), min(high, 1.03))
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(frameon=False, handlelength=1.4, borderaxespad=0.2, labelspacing=0.2)
+    if lowest:
+        axes.set_xlabel("step")
+        axes.tick_params(labelbottom=True)
+
+
+def _draw_training(axes, steps, values, colour, label, noisy):
+    """One training series: each step faint, its smooth line on top; a short or exact one as it is."""
+    width = min(len(values) // 12, 200)
+    if noisy and width >= 2:
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+        values = smooth(values, width)
+    axes.plot(steps, values, color=colour, linewidth=1.7, label=label)
+
+
+def _write(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=150, facecolor="white")
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,153 @@
+"""Sampling: queries in, responses out, with everything PPO needs to know of them later.
+
+Queries are padded on the left, so that every response starts in the same column Q and the tensors of a batch line up:
+
+    column            0 ........ Q-1 | Q .......... Q+R-1
+    query_response    pad pad q q q  | r r r EOS pad pad
+    attention_mask     0   0  1 1 1  | 1 1 1  1   0   0
+    response_mask                    | 1 1 1  1   0   0
+
+The logits that predict response token t stand in column Q - 1 + t. Masks come from lengths, never from token values, so
+that pad == EOS is harmless.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from nanorlhf.gpt2 import KVCache
+from nanorlhf.logprobs import log_softmax, token_logprobs
+from nanorlhf.tokenizer import pad
+
+
+@torch.no_grad()
+def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, generator=None):
+    """Sample a response to each query, with a KV cache; a row stops at its EOS, the batch when every row has stopped.
+
+    Args:
+        model: a GPT2; dropout is off while it samples.
+        queries: (B, Q) int64, left-padded.
+        query_mask: (B, Q), 1 on query tokens.
+        max_new_tokens: the longest response R, EOS included.
+        temperature: softmax(logits / temperature) is sampled; 0 means greedy.
+        top_k, top_p: keep the k likeliest tokens, then the smallest set of probability >= p; 0 and 1.0 keep all. With
+            either, what is sampled is no longer the policy that the log-probs describe: PPO leaves them off.
+        eos_id: the token that ends a response; None never ends one.
+        generator: torch.Generator on the model's device; the same one gives the same text.
+    Returns: responses (B, R') int64 with R' <= R the longest response, EOS (or 0) after the end; response_mask (B, R')
+        bool, True on sampled tokens, EOS included; logprobs (B, R') float32 of the sampled tokens under the whole
+        distribution at the temperature (1 if greedy), 0 where the mask is False.
+    """
+    if not bool((query_mask[:, -1] != 0).all()):
+        raise ValueError("queries must be padded on the left and not empty: the last column of query_mask has zeros")
+    was_training = model.training
+    model.eval()
+    batch, query_length = queries.shape
+    cache = KVCache(model.config, batch, query_length + max_new_tokens, device=queries.device)
+    mask = torch.cat([query_mask != 0, query_mask.new_ones(batch, max_new_tokens, dtype=torch.bool)], 1)  # (B, Q + R)
+    going = torch.ones(batch, dtype=torch.bool, device=queries.device)  # (B,) rows that have not met EOS
+    inputs, columns = queries, []
+    for t in range(max_new_tokens):
+        hidden = model.hidden(inputs, attention_mask=mask[:, :query_length + t], cache=cache)[:, -1]  # (B, C)
+        logp = log_softmax(model.logits(hidden), temperature or 1.0)  # (B, V)
+        tokens = logp.argmax(-1) if temperature == 0 else draw(logp, top_k, top_p, generator)  # (B,)
+        tokens = torch.where(going, tokens, eos_id or 0)
+        logprobs = logp.gather(1, tokens[:, None]).squeeze(1)  # (B,)
+        columns.append((tokens, going, torch.where(going, logprobs, 0)))
+        if eos_id is not None:
+            going = going & (tokens != eos_id)
+        if not going.any():
+            break
+        inputs = tokens[:, None]
+    model.train(was_training)
+    return tuple(torch.stack(column, 1) for column in zip(*columns))
+
+
+def draw(logp, top_k, top_p, generator):
+    """Draw one token a row from log-probabilities (B, V), after keeping the top k and then the top p of them -> (B,)."""
+    if top_k:
+        kth = logp.topk(min(top_k, logp.shape[-1])).values[:, -1:]  # (B, 1)
+        logp = logp.masked_fill(logp < kth, -float("inf"))
+    if top_p < 1:
+        ordered, order = logp.sort(-1, descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p  # the tokens before this one have the mass already
+        logp = logp.masked_fill(outside.gather(-1, order.argsort(-1)), -float("inf"))
+    return torch.multinomial(logp.exp(), 1, generator=generator).squeeze(1)
+
+
+@dataclass
+class Rollout:
+    """Queries, responses and what the policy and the reference thought of them. B rows, Q + R = T columns."""
+    query_response: torch.Tensor  # (B, T) int64
+    attention_mask: torch.Tensor  # (B, T) bool
+    response_mask: torch.Tensor  # (B, R) bool
+    logprobs: torch.Tensor  # (B, R) of the policy that sampled
+    entropy: torch.Tensor  # (B, R)
+    ref_logprobs: torch.Tensor  # (B, R)
+    values: torch.Tensor  # (B, R) value before each response token
+    last_values: torch.Tensor  # (B,) value after the last response token
+    ended: torch.Tensor  # (B,) bool, the response ended with EOS
+    responses: list  # B decoded responses
+
+    @property
+    def lengths(self):
+        return self.response_mask.sum(1)  # (B,)
+
+    def select(self, rows):
+        """The tensors of some rows, responses left out: what an update needs."""
+        return Rollout(**{name: value[rows] if torch.is_tensor(value) else [] for name, value in vars(self).items()})
+
+
+def score_tokens(model, query_response, attention_mask, response_length, temperature):
+    """Log-probs and entropy of the response tokens, in one forward over query and response.
+
+    Args:
+        model: a GPT2, or a PolicyWithValue.
+        query_response, attention_mask: (B, T); the last `response_length` = R columns are the response.
+    Returns: logprobs (B, R), entropy (B, R), values (B, R + 1): the values before each response token and after the last
+        column; None for a model without a value head. Gradient flows.
+    """
+    start = query_response.shape[1] - response_length
+    if hasattr(model, "value_head"):
+        logits, values = model(query_response, attention_mask, start=start - 1)  # (B, R + 1, V), (B, R + 1)
+        logits = logits[:, :-1]
+    else:
+        hidden = model.hidden(query_response, attention_mask)  # (B, T, C)
+        logits, values = model.logits(hidden[:, start - 1:-1]), None  # (B, R, V)
+    logprobs, entropy = token_logprobs(logits, query_response[:, start:], temperature)
+    return logprobs, entropy, values
+
+
+@torch.no_grad()
+def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Sample responses and score them with policy, value head and reference under the same padding.
+
+    The policy's log-probs come from a scoring forward, not from the sampling loop: it is the computation that the update
+    repeats, so that the first ratio is 1.
+
+    Args:
+        actor: a PolicyWithValue.
+        reference: a GPT2 that does not change.
+        queries: list of B lists of token ids.
+    Returns: a Rollout on the actor's device.
+    """
+    device = next(actor.parameters()).device
+    query_ids, query_mask = (x.to(device) for x in pad(queries, tokenizer.pad_id, "left"))  # (B, Q) each
+    response_ids, response_mask, _ = generate(actor.policy, query_ids, query_mask, max_new_tokens, temperature, top_k, top_p,
+                                              tokenizer.eos_id, generator)
+    query_response = torch.cat([query_ids, response_ids], 1)  # (B, T)
+    attention_mask = torch.cat([query_mask.bool(), response_mask], 1)
+    length = response_ids.shape[1]
+    logprobs, entropy, values = score_tokens(actor, query_response, attention_mask, length, temperature or 1.0)
+    ref_logprobs, _, _ = score_tokens(reference, query_response, attention_mask, length, temperature or 1.0)
+    last = response_mask.sum(1)  # (B,) column of `values` after the last token
+    return Rollout(
+        query_response, attention_mask, response_mask, logprobs, entropy, ref_logprobs, values[:, :-1],
+        last_values=values.gather(1, last[:, None]).squeeze(1),
+        ended=response_ids.gather(1, last[:, None] - 1).squeeze(1) == tokenizer.eos_id,
+        responses=decode(tokenizer, response_ids, response_mask))
+
+
+def decode(tokenizer, response_ids, response_mask):
+    """The responses as text, EOS left out."""
+    return [tokenizer.decode(ids[:length].tolist()) for ids, length in zip(response_ids.cpu(), response_mask.sum(1).tolist())]

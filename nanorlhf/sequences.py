@@ -1,0 +1,59 @@
+"""From text to padded batches: queries, responses, and the two joined.
+
+Query and response are tokenised apart and joined as ids, so no token spans the boundary and a rollout's tokens are those
+that SFT and DPO train on.
+"""
+import torch
+
+from nanorlhf.data import format_query
+from nanorlhf.tokenizer import pad
+
+
+def encode_queries(tokenizer, prompts, template, max_query):
+    """Token ids of each query; one longer than max_query loses its beginning, the far end from the response.
+
+    Returns: list of id lists, and how many were cut.
+    """
+    rows = [tokenizer.encode(format_query(prompt, template)) for prompt in prompts]
+    return [row[-max_query:] for row in rows], sum(len(row) > max_query for row in rows)
+
+
+def encode_responses(tokenizer, responses, max_response):
+    """Token ids of each response with EOS; one longer than max_response loses its end, EOS included.
+
+    Returns: list of id lists, and how many were cut.
+    """
+    rows = [tokenizer.encode(response) + [tokenizer.eos_id] for response in responses]
+    return [row[:max_response] for row in rows], sum(len(row) > max_response for row in rows)
+
+
+def join(queries, responses, pad_id):
+    """Right-padded query + response: ids (B, T) int64, attention_mask (B, T), response_mask (B, T) bool, 1 on the response."""
+    ids, attention_mask = pad([query + response for query, response in zip(queries, responses)], pad_id, "right")
+    columns = torch.arange(ids.shape[1])  # (T,)
+    starts = torch.tensor([len(query) for query in queries])[:, None]  # (B, 1)
+    return ids, attention_mask, (columns >= starts) & attention_mask.bool()
+
+
+def predict(model, ids, attention_mask, response_mask):
+    """Logits (N, V) that predict the N response tokens of a batch, and these tokens (N,), row by row.
+
+    The hidden states are picked before the head is applied: no logits are made for queries and padding.
+    """
+    predicted = response_mask[:, 1:]  # (B, T - 1) token t is predicted at column t - 1
+    hidden = model.hidden(ids, attention_mask)[:, :-1][predicted]  # (N, C)
+    return model.logits(hidden), ids[:, 1:][predicted]
+
+
+def shuffled_batches(lengths, batch_size, generator, window=16):
+    """Row indices in batches of similar length, in random order: each row once, the last batches smaller.
+
+    Rows are shuffled, sorted by length within windows of `window` batches, and the batches shuffled again: little padding,
+    and no order of lengths over the epoch.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    span, batches = window * batch_size, []
+    for start in range(0, len(order), span):
+        rows = sorted(order[start:start + span], key=lambda row: lengths[row])
+        batches += [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,0 +1,239 @@
+"""Direct preference optimisation (Rafailov et al. 2023): the policy learns from preference pairs, without a reward model.
+
+    h = (log pi(chosen) - log pi(rejected)) - (log ref(chosen) - log ref(rejected))            loss = -log sigmoid(beta h)
+
+The reference is the policy at the start; its log-probs are computed once, before training. Log-probs are sums over response
+tokens (for "ipo" means, as its authors advise). Data without preferences (nano, CoNaLa) takes the pairs that the reward stage
+made, so that PPO and DPO start from the same SFT model and learn from the same pairs.
+
+    python train_dpo.py                                              # the pairs of runs/reward, from runs/sft
+    python train_dpo.py --model gpt2 --data preferences.jsonl --preset research --gpu 0
+"""
+from dataclasses import dataclass
+
+from nanorlhf.config import option, parse
+from nanorlhf.errors import InputError
+from nanorlhf.options import DataOptions, RunOptions
+
+
+@dataclass
+class Config(DataOptions, RunOptions):
+    out: str = option("runs/dpo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
+    model: str = option("", "policy to start from, and the reference: a folder or a name; empty: the SFT stage", group="Model",
+                        metavar="FOLDER_OR_NAME")
+    reward: list[str] = option([], "reward that evaluates the policy, as for train_ppo.py; empty: the reward stage where it made "
+                               "the pairs, else none", metavar="FOLDER")
+    loss_type: str = option("sigmoid", "the loss", group="DPO", choices=("sigmoid", "ipo", "hinge", "robust"))
+    beta: float = option(0.1, "strength of the pull to the reference", above=0)
+    label_smoothing: float = option(0.0, "share of pairs assumed to be the wrong way round (sigmoid, robust)", at_least=0, at_most=0.5)
+    reference_free: bool = option(False, "leave the reference's log-probs out of the loss")
+    ipo_sum: bool = option(False, "for ipo: sums of token log-probs rather than means")
+    epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
+    batch_size: int = option(64, "pairs of an optimiser step", at_least=1)
+    micro_batch_size: int = option(64, "pairs of a forward pass; fewer need less memory and change nothing else", at_least=1)
+    lr: float = option(3e-4, "peak learning rate of AdamW", above=0)
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises", at_least=0, below=1)
+    weight_decay: float = option(0.0, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
+    max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
+    temperature: float = option(1.0, "temperature of the samples that are evaluated", group="Evaluation", above=0)
+    eval_every: int = option(40, "evaluate every so many steps", at_least=1)
+    eval_rows: int = option(200, "validation prompts answered", at_least=1)
+    patience: int = option(0, "stop after so many evaluations without a better one; 0: never", at_least=0)
+
+    def check(self):
+        super().check()
+        if self.label_smoothing and self.loss_type in ("ipo", "hinge"):
+            raise InputError(f"--label-smoothing has no meaning for --loss-type {self.loss_type}: leave it 0")
+        if self.loss_type == "robust" and self.label_smoothing == 0.5:
+            raise InputError("--loss-type robust needs --label-smoothing below 0.5")
+        if self.ipo_sum and self.loss_type != "ipo":
+            raise InputError(f"--ipo-sum goes with --loss-type ipo, not {self.loss_type}")
+
+
+PRESETS = {
+    "fast": {},
+    "research": {"lr": 1e-6, "epochs": 1, "batch_size": 64, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
+                 "temperature": 0.7},
+    "production": {"lr": 5e-7, "epochs": 1, "batch_size": 128, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
+                   "temperature": 0.7, "precision": "bf16", "save_steps": 100, "patience": 5},
+}
+
+if __name__ == "__main__":
+    CONFIG = parse(Config, PRESETS)  # before torch is imported: --help and typing errors answer at once
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanorlhf import pipeline
+from nanorlhf.data import check_leakage, load_splits, read
+from nanorlhf.evaluation import add_rewards, answer, report, summary
+from nanorlhf.gpt2 import GPT2
+from nanorlhf.logprobs import token_logprobs
+from nanorlhf.losses import dpo_loss
+from nanorlhf.plots import plot_dpo
+from nanorlhf.reward import load_reward
+from nanorlhf.run import (Run, adamw, autocast, check_free, linear_decay, main, optimiser_step, pick_device,
+                          seed_everything)
+from nanorlhf.sequences import encode_queries, encode_responses, join, predict, shuffled_batches
+from nanorlhf.tokenizer import Tokenizer
+
+
+def encode(tokenizer, pairs, config):
+    """[(query, chosen, rejected)] as id lists. Cutting never takes a response's start; what is cut is counted."""
+    queries, cut_queries = encode_queries(tokenizer, [pair.prompt for pair in pairs], config.template, config.max_query)
+    chosen, cut_chosen = encode_responses(tokenizer, [pair.chosen for pair in pairs], config.max_response)
+    rejected, cut_rejected = encode_responses(tokenizer, [pair.rejected for pair in pairs], config.max_response)
+    if cut_queries or cut_chosen or cut_rejected:
+        print(f"cut to length: {cut_queries} queries (--max-query {config.max_query}), {cut_chosen} chosen and {cut_rejected} "
+              f"rejected responses (--max-response {config.max_response}) of {len(pairs)} pairs")
+    return list(zip(queries, chosen, rejected))
+
+
+def sequence_logps(model, tokenizer, queries, responses, config):
+    """Log-prob of each response, (B,): summed over its tokens; for ipo their mean, unless sums are asked for."""
+    ids, attention_mask, response_mask = (x.to(model.device) for x in join(queries, responses, tokenizer.pad_id))
+    with autocast(model.device, config.precision):
+        logits, targets = predict(model, ids, attention_mask, response_mask)  # (N, V), (N,)
+    logprobs, _ = token_logprobs(logits, targets)  # (N,)
+    row = torch.nonzero(response_mask)[:, 0]  # (N,) the row each token belongs to
+    logps = torch.zeros(len(ids), device=ids.device).index_add(0, row, logprobs)
+    mean = config.loss_type == "ipo" and not config.ipo_sum
+    return logps / response_mask.sum(1) if mean else logps
+
+
+def pair_logps(model, tokenizer, pairs, config):
+    """(chosen logps, rejected logps), (B,) each, in one forward."""
+    queries, chosen, rejected = zip(*pairs)
+    return sequence_logps(model, tokenizer, queries * 2, chosen + rejected, config).chunk(2)
+
+
+@torch.no_grad()
+def reference_logps(model, tokenizer, pairs, config):
+    """The reference's logps of all pairs, (N, 2), computed once."""
+    chunks = [torch.stack(pair_logps(model, tokenizer, pairs[i:i + config.micro_batch_size], config), 1)
+              for i in range(0, len(pairs), config.micro_batch_size)]
+    return torch.cat(chunks)
+
+
+def batch_loss(model, tokenizer, pairs, ref_logps, config):
+    """(losses (B,), stats) of some pairs; ref_logps (B, 2)."""
+    chosen_logps, rejected_logps = pair_logps(model, tokenizer, pairs, config)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen_logps, rejected_logps, ref_logps[:, 0], ref_logps[:, 1], config.beta, config.loss_type, config.label_smoothing,
+        config.reference_free)
+    margins = chosen_rewards - rejected_rewards  # (B,)
+    return losses, {"loss": losses.mean().item(), "rewards/chosen": chosen_rewards.mean().item(),
+                    "rewards/rejected": rejected_rewards.mean().item(), "rewards/margin": margins.mean().item(),
+                    "rewards/accuracy": (margins > 0).float().mean().item(),
+                    "logps/chosen": chosen_logps.mean().item(), "logps/rejected": rejected_logps.mean().item()}
+
+
+@torch.no_grad()
+def validate(model, tokenizer, pairs, ref_logps, config):
+    """Mean of each statistic over the validation pairs, as eval/..."""
+    sums = {}
+    for start in range(0, len(pairs), config.micro_batch_size):
+        rows = slice(start, start + config.micro_batch_size)
+        _, stats = batch_loss(model, tokenizer, pairs[rows], ref_logps[rows], config)
+        for name, value in stats.items():
+            sums[name] = sums.get(name, 0.0) + value * len(pairs[rows])
+    return {f"eval/{name.removeprefix('rewards/')}": value / len(pairs) for name, value in sums.items()}
+
+
+def train(config):
+    check_free(config.out, config.overwrite)
+    device = pick_device(config.gpu, config.device)
+    sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
+    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
+                         config.min_probability, config.skip_bad_rows)
+    leakage = check_leakage(splits, config.allow_overlap)
+    if not config.model:
+        pipeline.ensure("train_sft.py", sft, config)
+    train_pairs, held_out, reward_specs = splits.train, splits.validation, config.reward
+    if splits.train[0].chosen is None:
+        pipeline.ensure("train_reward.py", reward_folder, config, [f"--policy={config.model or sft}"])
+        train_pairs = read(reward_folder / "preferences.jsonl", "preference")
+        held_out = read(reward_folder / "preferences_validation.jsonl", "preference")
+        reward_specs = config.reward or [str(reward_folder)]
+    seed_everything(config.seed)
+    folder = config.model or str(sft)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    policy, reference = GPT2.from_pretrained(folder).to(device), GPT2.from_pretrained(folder).to(device)
+    tokenizer.check_fits(policy.config.vocab_size, folder)
+    if config.max_query + config.max_response > policy.config.n_positions:
+        raise InputError(f"--max-query {config.max_query} + --max-response {config.max_response} exceed the "
+                         f"{policy.config.n_positions} positions of {folder}: lower one of them")
+    reward = load_reward(reward_specs, "mean", device) if reward_specs else None
+    train_pairs, held_out = encode(tokenizer, train_pairs, config), encode(tokenizer, held_out, config)
+    print(f"data: {splits.source}; {len(train_pairs)} training and {len(held_out)} validation pairs\n"
+          f"policy and reference: {folder}; evaluated by: {', '.join(reward_specs) or 'validation pairs only'}")
+
+    ref_logps = reference_logps(reference, tokenizer, train_pairs, config)  # (N, 2)
+    held_out_ref_logps = reference_logps(reference, tokenizer, held_out, config)
+    run = Run(config)
+    order = torch.Generator().manual_seed(config.seed)
+    total_steps = config.epochs * -(-len(train_pairs) // config.batch_size)
+    optimizer = adamw([policy], config.lr, weight_decay=config.weight_decay)
+    scheduler = linear_decay(optimizer, total_steps, int(config.warmup * total_steps))
+    lengths = [len(query) + max(len(chosen), len(rejected)) for query, chosen, rejected in train_pairs]
+
+    def save(folder):
+        policy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def evaluate(step):
+        numbers = validate(policy, tokenizer, held_out, held_out_ref_logps, config)
+        if reward is not None:
+            rows = add_rewards(answer(policy, tokenizer, splits.validation[:config.eval_rows], config, config.temperature,
+                                      reference, seed=config.seed), reward)
+            numbers |= {f"eval/{name.replace('ended', 'eos')}": value for name, value in summary(rows).items() if value is not None}
+            run.samples(step, rows[:5])
+        run.log(step, numbers)
+        run.keep_best(step, numbers["eval/reward"] if reward is not None else -numbers["eval/loss"], save)
+        tqdm.write(f"step {step}: validation " + ", ".join(
+            f"{name} {numbers[f'eval/{name}']:.3f}" for name in ("loss", "accuracy", "reward", "exact_match", "kl")
+            if f"eval/{name}" in numbers))
+
+    evaluate(0)
+    step, stopped, bar = 0, False, tqdm(total=total_steps, desc="DPO", unit="step", mininterval=1)
+    for epoch in range(1, config.epochs + 1):
+        for batch in shuffled_batches(lengths, config.batch_size, order):
+            step += 1
+            sums = {}
+            for start in range(0, len(batch), config.micro_batch_size):
+                rows = batch[start:start + config.micro_batch_size]
+                losses, stats = batch_loss(policy, tokenizer, [train_pairs[i] for i in rows], ref_logps[rows], config)
+                (losses.sum() / len(batch)).backward()
+                for name, value in stats.items():
+                    sums[name] = sums.get(name, 0.0) + value * len(rows) / len(batch)
+            grad_norm = optimiser_step(optimizer, sums["loss"], config.max_grad_norm, step)
+            run.log(step, {**sums, "lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm, "epoch": epoch})
+            scheduler.step()
+            bar.update()
+            bar.set_postfix(loss=f"{sums['loss']:.3f}", reward=f"{sums['rewards/margin']:.2f}",
+                            accuracy=f"{sums['rewards/accuracy']:.2f}", refresh=False)
+            if config.save_steps and step % config.save_steps == 0:
+                run.checkpoint(step, save, config.keep_checkpoints)
+            if step % config.eval_every == 0 or step == total_steps:
+                evaluate(step)
+                stopped = bool(config.patience) and run.misses >= config.patience
+                if stopped:
+                    tqdm.write(f"no better evaluation for {run.misses} evaluations: stopping")
+                    break
+        if stopped:
+            break
+    bar.close()
+
+    policy.load_state_dict(GPT2.from_pretrained(run.folder / "best").state_dict())
+    results = {} if reward is None else report({"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference)
+    results["validation"] = validate(policy, tokenizer, held_out, held_out_ref_logps, config)
+    run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage)
+    plot_dpo(run.folder)
+    print(f"{run.folder}/final is step {run.best_step}, the best by validation "
+          f"{'loss' if reward is None else 'reward'}; {run.seconds():.0f} s")
+
+
+if __name__ == "__main__":
+    main(train, CONFIG)

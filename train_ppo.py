@@ -1,0 +1,283 @@
+"""PPO on code generation (Ziegler et al. 2019; Stiennon et al. 2020): the policy learns to write what the reward model likes.
+
+Each step, with the numbers of the algorithm box in the README:
+
+    1  sample a response to each query of a batch; score its tokens by policy, value head and frozen reference
+    2  score the responses with the reward
+    3  rewards: r_t = -kl_coef * KL_t + [t last] * score
+    4  advantages by GAE, whitened
+    5  some epochs of minibatches on the clipped policy loss and the clipped value loss
+    6  steer kl_coef; log, evaluate, save
+
+Deviations from lm-human-preferences: no reward whitening, advantages whitened once a batch rather than once a minibatch; the
+value head starts at 0; the policy shares its transformer with the value head, as there. No entropy bonus unless asked for.
+Stages that are missing are made first: SFT in `sft` and the reward model in `reward`, beside --out.
+
+    python train_ppo.py                                              # everything, on the embedded data, CPU
+    python train_ppo.py --model gpt2 --reward runs/codebert --data data/conala --preset research --gpu 0
+"""
+from dataclasses import dataclass
+
+from nanorlhf.config import option, parse
+from nanorlhf.errors import InputError
+from nanorlhf.options import DataOptions, RunOptions
+
+
+@dataclass
+class Config(DataOptions, RunOptions):
+    out: str = option("runs/ppo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
+    model: str = option("", "policy to start from, and the reference: a folder or a name; empty: the SFT stage", group="Model",
+                        metavar="FOLDER_OR_NAME")
+    reward: list[str] = option([], "reward: a reward-model folder, several as an ensemble, or module:function; empty: the reward "
+                               "stage", group="Reward", metavar="FOLDER")
+    combine: str = option("mean", "how several rewards become one", choices=("mean", "min", "mean-std"))
+    missing_eos_penalty: float | None = option(None, "for a response cut before EOS: the score it gets, or what is taken off")
+    missing_eos_mode: str = option("replace", "whether this penalty replaces the score or is subtracted",
+                                   choices=("replace", "subtract"))
+    kl_coef: float = option(0.05, "coefficient of the KL penalty in the reward", group="KL", at_least=0)
+    kl_estimator: str = option("k1", "per-token estimate in the reward", choices=("k1", "k2", "k3", "abs"))
+    kl_target: float | None = option(None, "steer kl_coef towards this KL of a response, in nats; none: kl_coef stays", above=0)
+    kl_horizon: float = option(10000, "responses over which the steering takes effect", above=0)
+    temperature: float = option(1.0, "sampling temperature; log-probs are taken at it too", group="Sampling", above=0)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0: all. The policy scored is then not the one sampled", at_least=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens of this probability; 1: all. As for top_k", above=0, at_most=1)
+    steps: int = option(60, "PPO steps, each a batch of new responses", group="Optimiser", at_least=1)
+    batch_size: int = option(256, "responses of a step", at_least=1)
+    minibatch_size: int = option(128, "responses of an optimiser step", at_least=1)
+    micro_batch_size: int = option(128, "responses of a forward pass; fewer need less memory and change nothing else", at_least=1)
+    ppo_epochs: int = option(2, "passes over a step's responses", at_least=1)
+    lr: float = option(3e-4, "learning rate of AdamW at the start; it falls linearly to 0", above=0)
+    max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
+    gamma: float = option(1.0, "discount of later rewards", group="PPO", at_least=0, at_most=1)
+    lam: float = option(0.95, "lambda of GAE", at_least=0, at_most=1)
+    cliprange: float = option(0.2, "clip range of the probability ratio", above=0)
+    cliprange_value: float = option(0.2, "clip range of the values", above=0)
+    dual_clip: float | None = option(None, "bound on the ratio's weight where the advantage is negative", above=1)
+    vf_coef: float = option(0.1, "weight of the value loss", at_least=0)
+    entropy_coef: float = option(0.0, "weight of an entropy bonus", at_least=0)
+    target_kl: float | None = option(None, "end a step's epochs once approx_kl exceeds this", above=0)
+    whiten_advantages: bool = option(True, "scale advantages to mean 0 and variance 1 over the batch")
+    bootstrap_truncated: bool = option(False, "take a response cut before EOS to be worth its last value, not 0, thereafter")
+    eval_every: int = option(10, "evaluate on validation prompts every so many steps", group="Evaluation", at_least=1)
+    eval_rows: int = option(200, "validation prompts answered", at_least=1)
+    patience: int = option(0, "stop after so many evaluations without a better validation reward; 0: never", at_least=0)
+
+    def check(self):
+        super().check()
+        if self.minibatch_size > self.batch_size:
+            raise InputError(f"--minibatch-size {self.minibatch_size} exceeds --batch-size {self.batch_size}")
+        if self.batch_size % self.minibatch_size:
+            raise InputError(f"--batch-size {self.batch_size} is not a multiple of --minibatch-size {self.minibatch_size}")
+        if self.missing_eos_mode == "subtract" and self.missing_eos_penalty is None:
+            raise InputError("--missing-eos-mode subtract needs a --missing-eos-penalty")
+
+
+PRESETS = {
+    "fast": {},
+    "research": {"steps": 500, "batch_size": 128, "minibatch_size": 32, "micro_batch_size": 16, "ppo_epochs": 4, "lr": 1e-5,
+                 "kl_coef": 0.15, "kl_target": 6.0, "temperature": 0.7, "max_query": 128, "max_response": 128,
+                 "missing_eos_penalty": -1.0, "save_steps": 100},
+    "production": {"steps": 2000, "batch_size": 512, "minibatch_size": 64, "micro_batch_size": 8, "ppo_epochs": 4, "lr": 5e-6,
+                   "kl_coef": 0.15, "kl_target": 6.0, "temperature": 0.7, "max_query": 128, "max_response": 128,
+                   "missing_eos_penalty": -1.0, "target_kl": 0.1, "precision": "bf16", "save_steps": 100, "patience": 10},
+}
+
+if __name__ == "__main__":
+    CONFIG = parse(Config, PRESETS)  # before torch is imported: --help and typing errors answer at once
+
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanorlhf import pipeline
+from nanorlhf.advantages import AdaptiveKLController, FixedKLController, gae, shape_rewards
+from nanorlhf.data import check_leakage, load_splits
+from nanorlhf.evaluation import add_rewards, answer, report, summary
+from nanorlhf.gpt2 import GPT2, PolicyWithValue
+from nanorlhf.logprobs import kl_estimate
+from nanorlhf.losses import ppo_policy_loss, ppo_value_loss
+from nanorlhf.masked import masked_mean, masked_var, whiten
+from nanorlhf.plots import plot_ppo
+from nanorlhf.reward import call_reward, load_reward
+from nanorlhf.rollout import roll_out, score_tokens
+from nanorlhf.run import (Run, RunFailed, adamw, autocast, check_free, linear_decay, main, optimiser_step, pick_device,
+                          seed_everything)
+from nanorlhf.sequences import encode_queries
+from nanorlhf.tokenizer import Tokenizer
+
+
+def prompt_batches(count, batch_size, generator):
+    """Row indices for ever: shuffled passes over all rows, cut into batches; a set smaller than a batch repeats within it."""
+    rows = []
+    while True:
+        while len(rows) < batch_size:
+            rows += torch.randperm(count, generator=generator).tolist()
+        yield rows[:batch_size]
+        rows = rows[batch_size:]
+
+
+def final_scores(scores, ended, config):
+    """Scores (B,) with the penalty for responses that were cut before EOS."""
+    if config.missing_eos_penalty is None:
+        return scores
+    penalised = scores - config.missing_eos_penalty if config.missing_eos_mode == "subtract" else \
+        torch.full_like(scores, config.missing_eos_penalty)
+    return torch.where(ended, scores, penalised)
+
+
+def update(actor, optimizer, batch, advantages, returns, config, generator, step):
+    """Step 5: epochs of minibatches. Returns the mean of each statistic over the optimiser steps taken."""
+    sums, taken = {}, 0
+    for _ in range(config.ppo_epochs):
+        order = torch.randperm(len(advantages), generator=generator)
+        for minibatch in order.split(config.minibatch_size):
+            tokens = batch.response_mask[minibatch].sum()  # the optimiser step's denominator, whatever the micro-batches
+            stats = {}
+            for rows in minibatch.split(config.micro_batch_size):
+                share = (batch.response_mask[rows].sum() / tokens).item()
+                loss, micro_stats = minibatch_loss(actor, batch.select(rows), advantages[rows], returns[rows], config)
+                (loss * share).backward()
+                for name, value in micro_stats.items():
+                    stats[name] = stats.get(name, 0.0) + value * share
+            stats["grad_norm"] = optimiser_step(optimizer, stats["loss/total"], config.max_grad_norm, step)
+            sums, taken = {name: sums.get(name, 0.0) + value for name, value in stats.items()}, taken + 1
+        if config.target_kl is not None and stats["policy/approx_kl"] > config.target_kl:
+            break
+    return {**{name: value / taken for name, value in sums.items()}, "policy/updates": taken}
+
+
+def minibatch_loss(actor, batch, advantages, returns, config):
+    """(loss, stats) of some rows of a rollout: policy loss + vf_coef * value loss - entropy_coef * entropy."""
+    mask = batch.response_mask  # (B, R)
+    with autocast(mask.device, config.precision):
+        new_logprobs, entropy, new_values = score_tokens(actor, batch.query_response, batch.attention_mask, mask.shape[1],
+                                                         config.temperature)
+    policy_loss, policy_stats = ppo_policy_loss(new_logprobs, batch.logprobs, advantages, mask, config.cliprange, config.dual_clip)
+    value_loss, value_stats = ppo_value_loss(new_values[:, :-1], batch.values, returns, mask, config.cliprange_value)
+    mean_entropy = masked_mean(entropy, mask)
+    loss = policy_loss + config.vf_coef * value_loss - config.entropy_coef * mean_entropy
+    return loss, {"loss/total": loss.item(), "loss/policy": policy_loss.item(), "loss/value": value_loss.item(),
+                  "policy/entropy": mean_entropy.item(), **{f"policy/{name}": value for name, value in policy_stats.items()},
+                  **{f"value/{name}": value for name, value in value_stats.items()}}
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns): 1 if the values predict all, 0 if no better than a constant."""
+    return (1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12)).item()
+
+
+def train(config):
+    check_free(config.out, config.overwrite)
+    device = pick_device(config.gpu, config.device)
+    sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
+    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
+                         config.min_probability, config.skip_bad_rows)
+    leakage = check_leakage(splits, config.allow_overlap)
+    if not config.model:
+        pipeline.ensure("train_sft.py", sft, config)
+    if not config.reward:
+        pipeline.ensure("train_reward.py", reward_folder, config, [f"--policy={config.model or sft}"])
+    seed_everything(config.seed)
+    folder = config.model or str(sft)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    actor, reference = PolicyWithValue(GPT2.from_pretrained(folder)).to(device), GPT2.from_pretrained(folder).to(device)
+    tokenizer.check_fits(reference.config.vocab_size, folder)
+    if config.max_query + config.max_response > reference.config.n_positions:
+        raise InputError(f"--max-query {config.max_query} + --max-response {config.max_response} exceed the "
+                         f"{reference.config.n_positions} positions of {folder}: lower one of them")
+    reference.requires_grad_(False)
+    reward = load_reward(config.reward or [str(reward_folder)], config.combine, device)
+    queries, cut = encode_queries(tokenizer, [row.prompt for row in splits.train], config.template, config.max_query)
+    print(f"data: {splits.source}; {len(queries)} training prompts" + (f", {cut} cut to {config.max_query} tokens" if cut else "")
+          + f"\npolicy and reference: {folder}; reward: {', '.join(config.reward) or reward_folder}")
+
+    run = Run(config)
+    sampler = torch.Generator(device).manual_seed(config.seed)  # tokens
+    shuffler = torch.Generator().manual_seed(config.seed)  # prompts and minibatches
+    optimizer = adamw([actor], config.lr, eps=1e-5)
+    scheduler = linear_decay(optimizer, config.steps)
+    controller = FixedKLController(config.kl_coef) if config.kl_target is None else \
+        AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+
+    def save(folder):
+        actor.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def evaluate(step):
+        rows = add_rewards(answer(actor.policy, tokenizer, splits.validation[:config.eval_rows], config, config.temperature,
+                                  reference, seed=config.seed), reward)
+        numbers = summary(rows)
+        run.log(step, {f"eval/{name.replace('ended', 'eos')}": value for name, value in numbers.items() if value is not None})
+        run.samples(step, rows[:5])
+        run.keep_best(step, numbers["reward"], save)
+        tqdm.write(f"step {step}: validation reward {numbers['reward']:.3f}, KL {numbers['kl']:.2f}"
+                   + ("" if numbers["exact_match"] is None else f", exact match {numbers['exact_match']:.3f}"))
+
+    evaluate(0)
+    bar = tqdm(prompt_batches(len(queries), config.batch_size, shuffler), total=config.steps, desc="PPO", unit="step")
+    for step, rows in enumerate(bar, start=1):
+        started = time.perf_counter()
+
+        # 1. Roll out: sample responses, and score their tokens under policy, value head and reference.
+        batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
+                         config.top_k, config.top_p, sampler)
+        mask = batch.response_mask  # (B, R)
+
+        # 2. Score the responses.
+        records = [splits.train[i] for i in rows]
+        scores = call_reward(reward, [r.prompt for r in records], batch.responses, [r.reference for r in records]).to(device)
+        if not torch.isfinite(scores).all():
+            bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
+            raise RunFailed(f"step {step}: the reward is not finite for rows {', '.join(str(records[i].id) for i in bad[:5])}")
+        scores = final_scores(scores, batch.ended, config)  # (B,)
+
+        # 3. KL-shaped rewards.
+        kl = kl_estimate(batch.logprobs, batch.ref_logprobs, config.kl_estimator)  # (B, R)
+        rewards = shape_rewards(scores, kl, mask, controller.value)
+
+        # 4. Advantages and returns.
+        last_values = torch.where(batch.ended, 0, batch.last_values) if config.bootstrap_truncated else None
+        advantages, returns = gae(rewards, batch.values, mask, config.gamma, config.lam, last_values)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        rolled_out = time.perf_counter()
+
+        # 5. Epochs of minibatches.
+        stats = update(actor, optimizer, batch, advantages, returns, config, shuffler, step)
+
+        # 6. KL controller, log, evaluate, save.
+        response_kl = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
+        run.log(step, {
+            "objective/score": scores.mean().item(), "objective/score_std": scores.std(unbiased=False).item(),
+            "objective/rewards": rewards.sum(1).mean().item(), "objective/kl": response_kl,
+            "objective/kl_k3": (kl_estimate(batch.logprobs, batch.ref_logprobs, "k3") * mask).sum(1).mean().item(),
+            "objective/kl_coef": controller.value, **stats,
+            "value/explained_variance": explained_variance(batch.values, returns, mask),
+            "response/length": batch.lengths.float().mean().item(), "response/eos": batch.ended.float().mean().item(),
+            "lr": scheduler.get_last_lr()[0],
+            "time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out})
+        controller.update(response_kl, config.batch_size)
+        scheduler.step()
+        bar.set_postfix(loss=f"{stats['loss/total']:.3f}", reward=f"{scores.mean():.2f}", kl=f"{response_kl:.2f}")
+        if config.save_steps and step % config.save_steps == 0:
+            run.checkpoint(step, save, config.keep_checkpoints)
+        if step % config.eval_every == 0 or step == config.steps:
+            evaluate(step)
+            if config.patience and run.misses >= config.patience:
+                tqdm.write(f"no better validation reward for {run.misses} evaluations: stopping")
+                break
+        if step == config.steps:
+            break
+    bar.close()
+
+    actor = PolicyWithValue.from_pretrained(run.folder / "best").to(device)
+    results = report({"SFT": reference, "PPO": actor.policy}, tokenizer, splits, config, reward, reference)
+    run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage)
+    plot_ppo(run.folder)
+    print(f"{run.folder}/final is step {run.best_step}, the best by validation reward; {run.seconds():.0f} s")
+
+
+if __name__ == "__main__":
+    main(train, CONFIG)

@@ -1,0 +1,185 @@
+"""Supervised fine-tuning: train a GPT-2 to answer a query with its reference snippet.
+
+    loss = -mean over response tokens of log pi(token | query, tokens before)
+
+Only response tokens (EOS included) carry loss. Without --model a small GPT-2 starts from random weights, with a byte-level
+BPE trained on the training rows. The model kept is the one with the lowest validation loss.
+
+    python train_sft.py                                              # embedded data, random weights, CPU
+    python train_sft.py --model gpt2 --data data/conala --preset conala --gpu 0
+"""
+from dataclasses import dataclass
+
+from nanorlhf.config import option, parse
+from nanorlhf.options import DataOptions, RunOptions
+
+
+@dataclass
+class Config(DataOptions, RunOptions):
+    out: str = option("runs/sft", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
+    model: str = option("", "GPT-2 to start from, a folder or a name such as gpt2; empty: random weights of the shape below",
+                        group="Model", metavar="FOLDER_OR_NAME")
+    n_layer: int = option(4, "layers (random weights)", at_least=1)
+    n_head: int = option(4, "attention heads (random weights)", at_least=1)
+    n_embd: int = option(128, "width (random weights)", at_least=1)
+    vocab_size: int = option(800, "entries of the tokenizer that is trained (random weights)", at_least=258)
+    dropout: float = option(0.0, "dropout while training (random weights)", at_least=0, below=1)
+    epochs: int = option(6, "passes over the training rows", group="Optimiser", at_least=1)
+    batch_size: int = option(32, "rows of an optimiser step", at_least=1)
+    micro_batch_size: int = option(64, "rows of a forward pass: fewer need less memory and change nothing else", at_least=1)
+    lr: float = option(2e-3, "peak learning rate of AdamW", above=0)
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises", at_least=0, below=1)
+    weight_decay: float = option(0.01, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
+    max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
+    eval_rows: int = option(200, "validation rows answered greedily after each epoch", group="Evaluation", at_least=1)
+    patience: int = option(2, "stop after so many epochs without a lower validation loss", at_least=1)
+
+
+PRESETS = {
+    "fast": {},
+    "research": {"model": "gpt2", "lr": 5e-5, "epochs": 5, "batch_size": 32, "micro_batch_size": 16,
+                 "max_query": 128, "max_response": 128},
+    "production": {"model": "gpt2-large", "lr": 2e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 8, 
+                   "max_query": 128, "max_response": 128, "precision": "bf16", "save_steps": 200},
+}
+
+if __name__ == "__main__":
+    CONFIG = parse(Config, PRESETS)  # before torch is imported: --help and typing errors answer at once
+
+import torch
+from tqdm import tqdm
+
+from nanorlhf.data import check_leakage, load_splits
+from nanorlhf.errors import InputError
+from nanorlhf.evaluation import answer, summary
+from nanorlhf.gpt2 import GPT2, GPT2Config
+from nanorlhf.losses import sft_loss
+from nanorlhf.plots import plot_sft
+from nanorlhf.run import (Run, adamw, autocast, check_free, linear_decay, main, optimiser_step, pick_device,
+                          seed_everything)
+from nanorlhf.sequences import encode_queries, encode_responses, join, predict, shuffled_batches
+from nanorlhf.tokenizer import Tokenizer
+
+
+def build(config, splits):
+    """Model and tokenizer: pretrained, or random weights and a BPE trained on the training rows."""
+    if config.model:
+        model, tokenizer = GPT2.from_pretrained(config.model), Tokenizer.from_pretrained(config.model)
+        tokenizer.check_fits(model.config.vocab_size, f"--model {config.model}")
+    else:
+        tokenizer = Tokenizer.train([text for row in splits.train for text in (row.prompt, row.answer)], config.vocab_size)
+        model = GPT2.from_config(GPT2Config(
+            vocab_size=tokenizer.vocab_size, n_positions=config.max_query + config.max_response, n_embd=config.n_embd,
+            n_layer=config.n_layer, n_head=config.n_head, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+            resid_pdrop=config.dropout, bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id))
+    if config.max_query + config.max_response > model.config.n_positions:
+        raise InputError(f"--max-query {config.max_query} + --max-response {config.max_response} exceed the model's "
+                         f"{model.config.n_positions} positions: lower one of them")
+    return model, tokenizer
+
+
+def encode(tokenizer, records, config):
+    """(queries, responses) as id lists; says how many were cut."""
+    queries, cut_queries = encode_queries(tokenizer, [r.prompt for r in records], config.template, config.max_query)
+    responses, cut_responses = encode_responses(tokenizer, [r.answer for r in records], config.max_response)
+    if cut_queries or cut_responses:
+        print(f"cut to length: {cut_queries} queries (--max-query {config.max_query}) and {cut_responses} responses "
+              f"(--max-response {config.max_response}) of {len(records)}")
+    return queries, responses
+
+
+def batch_loss(model, tokenizer, queries, responses, rows, precision):
+    """(mean loss, stats) of some rows."""
+    ids, attention_mask, response_mask = (
+        x.to(model.device) for x in join([queries[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_id))
+    with autocast(model.device, precision):
+        logits, targets = predict(model, ids, attention_mask, response_mask)  # (N, V), (N,)
+    return sft_loss(logits, targets)
+
+
+@torch.no_grad()
+def validation_loss(model, tokenizer, queries, responses, config):
+    """Mean loss over all response tokens."""
+    total = tokens = 0.0
+    for start in range(0, len(queries), config.micro_batch_size):
+        rows = range(start, min(start + config.micro_batch_size, len(queries)))
+        loss, stats = batch_loss(model, tokenizer, queries, responses, rows, config.precision)
+        total, tokens = total + loss.item() * stats["tokens"], tokens + stats["tokens"]
+    return total / tokens
+
+
+def train(config):
+    check_free(config.out, config.overwrite)
+    device = pick_device(config.gpu, config.device)
+    seed_everything(config.seed)
+    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
+                         config.min_probability, config.skip_bad_rows)
+    leakage = check_leakage(splits, config.allow_overlap)
+    if any(row.answer is None for row in splits.train + splits.validation):
+        raise InputError(f"--data {config.data}: prompts without answers cannot be fine-tuned on; give a reference each")
+    model, tokenizer = build(config, splits)
+    model.to(device)
+    queries, responses = encode(tokenizer, splits.train, config)
+    held_out = encode(tokenizer, splits.validation, config)
+    print(f"data: {splits.source}; {len(splits.train)} training rows\n"
+          f"model: {model.num_parameters():,} parameters, {config.model or 'random weights'}")
+
+    run = Run(config)
+    order = torch.Generator().manual_seed(config.seed)
+    steps_per_epoch = -(-len(queries) // config.batch_size)
+    total_steps = config.epochs * steps_per_epoch
+    optimizer = adamw([model], config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    scheduler = linear_decay(optimizer, total_steps, int(config.warmup * total_steps))
+    lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
+
+    def save(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    step, bar = 0, tqdm(total=total_steps, desc="SFT", unit="step", mininterval=1)
+    for epoch in range(1, config.epochs + 1):
+        model.train()
+        for batch in shuffled_batches(lengths, config.batch_size, order):
+            step += 1
+            tokens, loss_sum = sum(len(responses[i]) for i in batch), 0.0  # the step's denominator
+            for start in range(0, len(batch), config.micro_batch_size):
+                rows = batch[start:start + config.micro_batch_size]
+                loss, stats = batch_loss(model, tokenizer, queries, responses, rows, config.precision)
+                loss = loss * (stats["tokens"] / tokens)
+                loss.backward()
+                loss_sum += loss.item()
+            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step)
+            run.log(step, {"loss": loss_sum, "lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm, "epoch": epoch})
+            scheduler.step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss_sum:.3f}", refresh=False)
+            if config.save_steps and step % config.save_steps == 0:
+                run.checkpoint(step, save, config.keep_checkpoints)
+
+        model.eval()
+        loss = validation_loss(model, tokenizer, *held_out, config)
+        answers = answer(model, tokenizer, splits.validation[:config.eval_rows], config, temperature=0)
+        numbers = summary(answers)
+        run.log(step, {"epoch": epoch, "eval/loss": loss, "eval/exact_match": numbers["exact_match"],
+                       "eval/conala_bleu": numbers["conala_bleu"], "eval/eos": numbers["ended"]})
+        run.samples(step, answers[:5])
+        tqdm.write(f"epoch {epoch}: validation loss {loss:.3f}, greedy exact match {numbers['exact_match']:.3f}, "
+                   f"CoNaLa BLEU {numbers['conala_bleu']:.1f}")
+        run.keep_best(step, -loss, save)
+        if run.misses >= config.patience:
+            tqdm.write(f"no lower validation loss for {run.misses} epochs: stopping")
+            break
+    bar.close()
+
+    model.load_state_dict(GPT2.from_pretrained(run.folder / "best").state_dict())
+    numbers = summary(answer(model, tokenizer, splits.test, config, temperature=0))
+    run.finish(save, test=numbers, validation_loss=-run.best_score, best_step=run.best_step, steps=step, leakage=leakage,
+               parameters=model.num_parameters())
+    plot_sft(run.folder)
+    print(f"{run.folder}/final is step {run.best_step}: test exact match {numbers['exact_match']:.3f}, CoNaLa BLEU "
+          f"{numbers['conala_bleu']:.1f} (greedy); {run.seconds():.0f} s")
+
+
+if __name__ == "__main__":
+    main(train, CONFIG)
