@@ -7,7 +7,7 @@ tokens (for "ipo" means, as its authors advise). Data without preferences (nano,
 made, so that PPO and DPO start from the same SFT model and learn from the same pairs.
 
     python train_dpo.py                                              # the pairs of runs/reward, from runs/sft
-    python train_dpo.py --model gpt2 --data preferences.jsonl --preset research --gpu 0
+    python train_dpo.py --preset research --policy runs/sft --data preferences.jsonl --gpu 0
 """
 from dataclasses import dataclass
 
@@ -19,8 +19,10 @@ from nanorlhf.options import DataOptions, RunOptions
 @dataclass
 class Config(DataOptions, RunOptions):
     out: str = option("runs/dpo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
-    model: str = option("", "policy to start from, and the reference: a folder or a name; empty: the SFT stage", group="Model",
+    model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
+    policy: str = option("", "SFT policy to start from, and the reference; empty: the SFT stage, made if missing",
+                         metavar="FOLDER_OR_NAME")
     reward: list[str] = option([], "reward that evaluates the policy, as for train_ppo.py; empty: the reward stage where it made "
                                "the pairs, else none", metavar="FOLDER")
     loss_type: str = option("sigmoid", "the loss", group="DPO", choices=("sigmoid", "ipo", "hinge", "robust"))
@@ -42,6 +44,8 @@ class Config(DataOptions, RunOptions):
 
     def check(self):
         super().check()
+        if self.model and self.policy:
+            raise InputError("--model is for the SFT stage, which --policy leaves out: give one of them")
         if self.label_smoothing and self.loss_type in ("ipo", "hinge"):
             raise InputError(f"--label-smoothing has no meaning for --loss-type {self.loss_type}: leave it 0")
         if self.loss_type == "robust" and self.label_smoothing == 0.5:
@@ -149,16 +153,16 @@ def train(config):
     splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
                          config.min_probability, config.skip_bad_rows)
     leakage = check_leakage(splits, config.allow_overlap)
-    if not config.model:
-        pipeline.ensure("train_sft.py", sft, config)
+    if not config.policy:
+        pipeline.ensure("train_sft.py", sft, config, model=config.model)
     train_pairs, held_out, reward_specs = splits.train, splits.validation, config.reward
     if splits.train[0].chosen is None:
-        pipeline.ensure("train_reward.py", reward_folder, config, [f"--policy={config.model or sft}"])
+        pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy or sft)
         train_pairs = read(reward_folder / "preferences.jsonl", "preference")
         held_out = read(reward_folder / "preferences_validation.jsonl", "preference")
         reward_specs = config.reward or [str(reward_folder)]
     seed_everything(config.seed)
-    folder = config.model or str(sft)
+    folder = config.policy or str(sft)
     tokenizer = Tokenizer.from_pretrained(folder)
     policy, reference = GPT2.from_pretrained(folder).to(device), GPT2.from_pretrained(folder).to(device)
     tokenizer.check_fits(policy.config.vocab_size, folder)
@@ -227,7 +231,7 @@ def train(config):
     bar.close()
 
     policy.load_state_dict(GPT2.from_pretrained(run.folder / "best").state_dict())
-    results = {} if reward is None else report({"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference)
+    results = {} if reward is None else report(run.folder, {"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference)
     results["validation"] = validate(policy, tokenizer, held_out, held_out_ref_logps, config)
     run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage)
     plot_dpo(run.folder)

@@ -14,7 +14,7 @@ value head starts at 0; the policy shares its transformer with the value head, a
 Stages that are missing are made first: SFT in `sft` and the reward model in `reward`, beside --out.
 
     python train_ppo.py                                              # everything, on the embedded data, CPU
-    python train_ppo.py --model gpt2 --reward runs/codebert --data data/conala --preset research --gpu 0
+    python train_ppo.py --preset research --data conala --model gpt2 --gpu 0
 """
 from dataclasses import dataclass
 
@@ -26,8 +26,10 @@ from nanorlhf.options import DataOptions, RunOptions
 @dataclass
 class Config(DataOptions, RunOptions):
     out: str = option("runs/ppo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
-    model: str = option("", "policy to start from, and the reference: a folder or a name; empty: the SFT stage", group="Model",
+    model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
+    policy: str = option("", "SFT policy to start from, and the reference; empty: the SFT stage, made if missing",
+                         metavar="FOLDER_OR_NAME")
     reward: list[str] = option([], "reward: a reward-model folder, several as an ensemble, or module:function; empty: the reward "
                                "stage", group="Reward", metavar="FOLDER")
     combine: str = option("mean", "how several rewards become one", choices=("mean", "min", "mean-std"))
@@ -64,6 +66,8 @@ class Config(DataOptions, RunOptions):
 
     def check(self):
         super().check()
+        if self.model and self.policy:
+            raise InputError("--model is for the SFT stage, which --policy leaves out: give one of them")
         if self.minibatch_size > self.batch_size:
             raise InputError(f"--minibatch-size {self.minibatch_size} exceeds --batch-size {self.batch_size}")
         if self.batch_size % self.minibatch_size:
@@ -175,12 +179,12 @@ def train(config):
     splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
                          config.min_probability, config.skip_bad_rows)
     leakage = check_leakage(splits, config.allow_overlap)
-    if not config.model:
-        pipeline.ensure("train_sft.py", sft, config)
+    if not config.policy:
+        pipeline.ensure("train_sft.py", sft, config, model=config.model)
     if not config.reward:
-        pipeline.ensure("train_reward.py", reward_folder, config, [f"--policy={config.model or sft}"])
+        pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy or sft)
     seed_everything(config.seed)
-    folder = config.model or str(sft)
+    folder = config.policy or str(sft)
     tokenizer = Tokenizer.from_pretrained(folder)
     actor, reference = PolicyWithValue(GPT2.from_pretrained(folder)).to(device), GPT2.from_pretrained(folder).to(device)
     tokenizer.check_fits(reference.config.vocab_size, folder)
@@ -273,7 +277,7 @@ def train(config):
     bar.close()
 
     actor = PolicyWithValue.from_pretrained(run.folder / "best").to(device)
-    results = report({"SFT": reference, "PPO": actor.policy}, tokenizer, splits, config, reward, reference)
+    results = report(run.folder, {"SFT": reference, "PPO": actor.policy}, tokenizer, splits, config, reward, reference)
     run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage)
     plot_ppo(run.folder)
     print(f"{run.folder}/final is step {run.best_step}, the best by validation reward; {run.seconds():.0f} s")

@@ -228,8 +228,8 @@ class Encoder(nn.Module):
                              f"{self.config.max_tokens}; cut the text with the tokenizer's max_length")
         allowed = None
         if attention_mask is not None:
-            allowed = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T) over (B, H, T, T)
-            allowed = allowed | ~allowed.any(-1, keepdim=True)  # a row of pads alone: softmax over nothing would be NaN
+            # (B, 1, 1, T), broadcast over (B, H, T, T). A row of pads alone attends to nothing: torch >= 2.5 makes that 0
+            allowed = attention_mask.bool()[:, None, None, :]
         x = self.embeddings(input_ids, attention_mask, token_type_ids)  # (B, T, C)
         yield x
         for layer in self.encoder["layer"]:

@@ -3,6 +3,9 @@
 Every number here is the mean of a per-row value (BLEU, a corpus figure, aside), so that bootstrap intervals and paired
 comparisons are those of the rows.
 """
+import json
+from pathlib import Path
+
 import torch
 
 from nanorlhf import metrics
@@ -91,10 +94,11 @@ ROWS = {"reward": "learned reward", "exact_match": "exact match (AST-equal)", "c
         "length": "response length, tokens", "kl": "KL to the SFT policy, nats", "ended": "ended with EOS"}
 
 
-def report(models, tokenizer, splits, config, reward, reference):
+def report(folder, models, tokenizer, splits, config, reward, reference):
     """Answer the test splits with each model, print the table and five samples, and return everything for results.json.
 
-    Args: models, {name: GPT2}, the baseline first; reference, the GPT2 that KL is measured against.
+    Args: folder, where every answer goes, as answers.jsonl; models, {name: GPT2}, the baseline first; reference, the GPT2
+        that KL is measured against.
     Returns: {"test": {split: {"sampled" | "greedy": {name: numbers}, "gain": {metric: paired difference}}}, "samples": [...]}.
     """
     results, samples = {}, []
@@ -104,6 +108,7 @@ def report(models, tokenizer, splits, config, reward, reference):
             for name, model in models.items():
                 rows = answer(model, tokenizer, records, config, temperature, reference if mode == "sampled" else None, config.seed)
                 answers[mode, name] = add_rewards(rows, reward)
+                write_answers(folder, split, mode, name, rows)
         results[split] = split_results(answers, list(models))
         print(table(split, len(records), results[split]))
         samples = samples or sample_answers(answers, list(models))
@@ -113,6 +118,13 @@ def report(models, tokenizer, splits, config, reward, reference):
         for name in [*models, "reference"]:
             print(f"    {name:<10}" + str(sample[name]).replace("\n", "\n" + " " * 14))
     return {"test": results, "samples": samples}
+
+
+def write_answers(folder, split, mode, name, rows):
+    """Append answers to answers.jsonl: what every number of the table is made of."""
+    with open(Path(folder) / "answers.jsonl", "a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({"split": split, "mode": mode, "model": name, **row}, ensure_ascii=False) + "\n")
 
 
 def split_results(answers, names):

@@ -1,42 +1,46 @@
 """Stages that need earlier stages: SFT, then the reward model, then PPO or DPO, each from the folder of the one before.
 
 A script that is not told where its policy or its reward model is looks for the folders `sft` and `reward` beside its own
---out, and `ensure` runs the scripts that make them, as a user would from the command line. What is there is reused, and said.
+--out; `ensure` runs the scripts that make them, as a user would from the command line. What is there is reused, and said so.
 
-    python -m nanorlhf.pipeline --seeds 0 1 2          # the whole job on three seeds -> docs/RESULTS.md
+    python -m nanorlhf.pipeline                  # SFT, reward model, PPO and DPO on three seeds -> docs/RESULTS.md
 """
 import json
+import platform
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
-from nanorlhf.config import group
+from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
 from nanorlhf.options import data_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def ensure(script, folder, config, flags=()):
-    """Make sure that `folder` holds a finished run of `script`: reuse it, or run the script with the same data and device.
+def ensure(script, folder, config, **options):
+    """Make sure that `folder` holds a finished run of `script`: reuse it, or run the script on the same data and device.
 
     Args:
-        script: such as "train_sft.py". folder: such as runs/sft. config: of the calling script. flags: further words.
-    Errors: InputError where the folder's run was made from other data or another template.
+        script: such as "train_sft.py". folder: such as runs/sft. config: that of the calling script.
+        options: further options of the script; empty ones are left to it.
+    Errors: InputError where the folder's run was made from other data or with other options.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), {name: str(value) for name, value in options.items() if value}
     if (folder / "results.json").is_file():
-        check_same_data(folder, config)
+        shared = {name: getattr(config, name) for name in ("data", "data_format", "split_seed", "min_probability", "template")}
+        check_same(folder, shared | options)
         print(f"{folder}: finished already, reused (seed {read_config(folder).get('seed', 0)})")
         return
-    words = [script, f"--out={folder}", f"--seed={config.seed}", f"--device={config.device}", f"--precision={config.precision}",
-             *data_flags(config), *flags]
-    if config.gpu is not None:
-        words.append(f"--gpu={config.gpu}")
-    if config.config_preset:
-        words += ["--preset", config.config_preset]
+    words = [script, f"--out={folder}", f"--seed={config.seed}", f"--device={config.device}", f"--precision={config.precision}"]
+    words += data_flags(config) + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    words += [f"--gpu={config.gpu}"] if config.gpu is not None else []
+    words += [f"--preset={config.config_preset}"] if config.config_preset else []
     if folder.exists():
         print(f"{folder}: unfinished, made anew")
         words.append("--overwrite")
@@ -51,10 +55,102 @@ def read_config(folder):
     return tomllib.loads((Path(folder) / "config.toml").read_text(encoding="utf-8"))
 
 
-def check_same_data(folder, config):
-    """A stage made from other rows or another template must not be continued unawares."""
+def check_same(folder, wanted):
+    """InputError unless the run in `folder` was made with these options: other rows, another template or another model must
+    not be continued, or compared, unawares."""
     theirs = read_config(folder)
-    for name in ("data", "data_format", "split_seed", "template"):
-        if name in theirs and theirs[name] != getattr(config, name):
-            raise InputError(f"{folder} was made with {name} = {theirs[name]!r}, this run asks for {getattr(config, name)!r}: "
-                             f"give another --out, so that its own {folder.name} is made beside it, or name the stages to use")
+    for name, value in wanted.items():
+        if name in theirs and theirs[name] != value:
+            raise InputError(f"{folder} was made with {name} = {theirs[name]!r}, this run asks for {value!r}: ask for the same, "
+                             "or give an --out in another folder, beside which its own stages are made")
+
+
+# ---- The whole job on several seeds, as a report
+
+@dataclass
+class Config:
+    """SFT, reward model, PPO and DPO on the embedded data, on several seeds, and a report of all of them."""
+    seeds: list[int] = option([0, 1, 2], "seeds, each a job of its own", group="Report", at_least=0)
+    out: str = option("runs/seeds", "folder of the jobs: seed-N/sft, reward, ppo, dpo; finished ones are reused", metavar="FOLDER")
+    report: str = option("docs/RESULTS.md", "the Markdown file to write", metavar="FILE")
+
+
+def job(folder, seed):
+    """One seed: train_ppo.py, which makes its own stages, then train_dpo.py from the same ones."""
+    for script, stage in (("train_ppo.py", "ppo"), ("train_dpo.py", "dpo")):
+        if (folder / stage / "results.json").is_file():
+            print(f"{folder / stage}: finished already, reused")
+            continue
+        words = [script, f"--out={folder / stage}", f"--seed={seed}"] + (["--overwrite"] if (folder / stage).exists() else [])
+        print(f"$ python {shlex.join(words)}", flush=True)
+        started = time.perf_counter()
+        code = subprocess.run([sys.executable, str(ROOT / script), *words[1:]]).returncode
+        if code:
+            raise SystemExit(code)
+        (folder / f"{stage}.seconds").write_text(f"{time.perf_counter() - started:.0f}\n")
+
+
+def read_answers(folder, stage, split, mode, model):
+    """Rows of a stage's answers.jsonl."""
+    with open(folder / stage / "answers.jsonl", encoding="utf-8") as file:
+        return [row for row in map(json.loads, file) if (row["split"], row["mode"], row["model"]) == (split, mode, model)]
+
+
+def report(folders):
+    """The Markdown report of finished jobs, {seed: folder}."""
+    from nanorlhf.evaluation import ROWS, compare  # torch, which the rest of this module does without
+    results = {seed: {stage: json.loads((folder / stage / "results.json").read_text()) for stage in
+                      ("sft", "reward", "ppo", "dpo")} for seed, folder in folders.items()}
+    splits = list(next(iter(results.values()))["ppo"]["test"])
+    lines = ["# Results of the default job", "",
+             f"SFT, reward model, PPO and DPO on the embedded data, from random weights, seeds {', '.join(map(str, folders))}. "
+             "Regenerated by `python -m nanorlhf.pipeline`.", "",
+             f"{date.today()}, {platform.machine()} CPU, {_cores()} cores, Python {platform.python_version()}, torch {_torch_version()}."]
+    for split in splits:
+        for mode in ("sampled", "greedy"):
+            lines += ["", f"## {split}, {mode}", "", "| seed | policy | " + " | ".join(ROWS.values()) + " |",
+                      "|---|---|" + "---:|" * len(ROWS)]
+            for seed, stages in results.items():
+                for name, stage in (("SFT", "ppo"), ("PPO", "ppo"), ("DPO", "dpo")):
+                    numbers = stages[stage]["test"][split][mode][name]
+                    shown = ["" if numbers.get(row) is None else f"{numbers[row]:.3f}" for row in ROWS]
+                    lines.append(f"| {seed} | {name} | " + " | ".join(shown) + " |")
+            lines += ["", "Gain over SFT, paired, pooled over the seeds, with a bootstrap 95 % interval:", ""]
+            for name, stage in (("PPO", "ppo"), ("DPO", "dpo")):
+                before = [row for folder in folders.values() for row in read_answers(folder, stage, split, mode, "SFT")]
+                after = [row for folder in folders.values() for row in read_answers(folder, stage, split, mode, name)]
+                gains = {metric: compare(before, after, metric) for metric in ("reward", "exact_match")}
+                lines.append(f"- {name}: " + ", ".join(f"{ROWS[metric]} {gain['difference']:+.3f} [{gain['low']:+.3f}, "
+                                                       f"{gain['high']:+.3f}]" for metric, gain in gains.items()))
+    lines += ["", "## Time and memory", "",
+              "Seconds and peak resident memory (MB) of each stage; `job` is the wall time of `python train_ppo.py` from nothing.", "",
+              "| seed | SFT | reward | PPO | DPO | job | held-out pair accuracy |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for seed, stages in results.items():
+        cells = [f"{stages[stage]['seconds']:.0f} s, {stages[stage]['peak_memory_mb']} MB" for stage in ("sft", "reward", "ppo", "dpo")]
+        seconds = folders[seed] / "ppo.seconds"
+        cells += [seconds.read_text().strip() + " s" if seconds.exists() else "", f"{stages['reward']['validation']['eval/accuracy']:.3f}"]
+        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cores():
+    import os
+    return os.cpu_count()
+
+
+def _torch_version():
+    import torch
+    return torch.__version__
+
+
+def main(config):
+    folders = {seed: Path(config.out) / f"seed-{seed}" for seed in config.seeds}
+    for seed, folder in folders.items():
+        job(folder, seed)
+    Path(config.report).parent.mkdir(parents=True, exist_ok=True)
+    Path(config.report).write_text(report(folders), encoding="utf-8")
+    print(f"wrote {config.report}")
+
+
+if __name__ == "__main__":
+    main(parse(Config))

@@ -162,9 +162,10 @@ class Run:
         """Wall time since the run folder was made."""
         return time.perf_counter() - self.started
 
-    def finish(self, write, **results):
-        """Write final/ and, last of all, results.json: a run folder with results.json is a finished one."""
-        self.save("final", write)
+    def finish(self, write=None, **results):
+        """Write final/ (if there is a model) and, last of all, results.json: a folder that has it holds a finished run."""
+        if write is not None:
+            self.save("final", write)
         results["seconds"] = round(self.seconds(), 1)
         results["peak_memory_mb"] = round(peak_memory_mb())
         partial = self.folder / ".results.json.partial"

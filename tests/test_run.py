@@ -1,0 +1,353 @@
+"""Runs: exit codes, the run folder, whole-or-nothing saves, checkpoints, the device, the learning rate, the optimiser step."""
+import json
+import math
+import os
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nanorlhf import run as runs
+from nanorlhf.config import option, parse
+from nanorlhf.errors import InputError
+from nanorlhf.options import RunOptions
+from nanorlhf.run import (Run, RunFailed, adamw, check_free, linear_decay, main, optimiser_step, peak_memory_mb,
+                          pick_device, seed_everything)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Config(RunOptions):
+    lr: float = option(1e-3, "learning rate", group="Optimiser", above=0)
+
+
+def settings(*words):
+    return parse(Config, argv=list(words), exit_on_error=False)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(settings("--out", str(tmp_path / "run")))
+
+
+def writer(text):
+    return lambda folder: (Path(folder) / "weights").write_text(text)
+
+
+def tree(folder):
+    """{relative path: content} of every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------- exit codes
+
+@pytest.mark.parametrize("error, code, line", [
+    (InputError("--lr is odd"), 2, "train_x.py: error: --lr is odd\n"),
+    (RunFailed("the loss is nan"), 1, "train_x.py: failed: the loss is nan\n"),
+    (KeyboardInterrupt(), 130, "train_x.py: interrupted; checkpoints written so far are kept\n"),
+], ids=["input", "run", "interrupt"])
+def test_exit_codes(monkeypatch, capsys, error, code, line):
+    """One line on stderr, nothing on stdout, and the house's code."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_x.py", "--lr", "1"])
+
+    def body(config):
+        raise error
+    with pytest.raises(SystemExit) as exit:
+        main(body, None)
+    assert exit.value.code == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_success_returns_and_passes_the_config():
+    seen = []
+    main(seen.append, "config")
+    assert seen == ["config"]
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    def body(config):
+        raise ZeroDivisionError("ours")
+    with pytest.raises(ZeroDivisionError):
+        main(body, None)
+
+
+def test_an_interrupted_process_exits_130(tmp_path):
+    """Ctrl-C (SIGINT) in a real process: the code a shell expects, one line, no traceback."""
+    code = ("import os, signal, sys\nfrom nanorlhf.run import main\nsys.argv[0] = 'train_x.py'\n"
+            "main(lambda config: os.kill(os.getpid(), signal.SIGINT), None)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 130
+    assert done.stderr == "train_x.py: interrupted; checkpoints written so far are kept\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- device
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+def test_the_cpu_when_asked(capsys):
+    assert pick_device(None, "cpu") == torch.device("cpu")
+    assert "device: cpu" in capsys.readouterr().out
+
+
+@no_cuda
+def test_the_cpu_when_there_is_no_cuda(capsys):
+    assert pick_device() == torch.device("cpu") and "cpu" in capsys.readouterr().out
+
+
+def test_gpu_and_cpu_contradict_each_other():
+    with pytest.raises(InputError, match="--gpu 0 and --device cpu"):
+        pick_device(0, "cpu")
+
+
+@no_cuda
+@pytest.mark.parametrize("gpu, device, flag", [(0, "auto", "--gpu 0"), (3, "cuda", "--gpu 3"), (None, "cuda", "--device cuda")])
+def test_no_silent_fallback_to_the_cpu(gpu, device, flag):
+    with pytest.raises(InputError, match=flag) as error:
+        pick_device(gpu, device)
+    assert "no CUDA" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="--gpu 2: there are 2"):
+        pick_device(2)
+
+
+def test_seed_everything_reaches_three_generators():
+    import random
+
+    import numpy as np
+    draws = []
+    for seed in (1, 1, 2**40):
+        seed_everything(seed)
+        draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1] and all(a != b for a, b in zip(draws[0], draws[2]))
+
+
+def test_peak_memory_is_plausible():
+    """A Python with torch holds between 50 MB and the machine."""
+    assert 50 < peak_memory_mb() < 1e6
+
+
+# ---------------------------------------------------------------------------------------------------------- run folder
+
+def test_free_folders(tmp_path):
+    check_free(tmp_path / "new" / "deep")
+    check_free(tmp_path)  # there, but empty
+    assert list(tmp_path.iterdir()) == [], "looking must not make anything"
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(InputError, match="--overwrite"):
+        check_free(tmp_path)
+    check_free(tmp_path, overwrite=True)
+
+
+def test_a_folder_of_the_user_is_never_overwritten(tmp_path):
+    """Not even with --overwrite: it holds no run of ours."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="no run of ours"):
+            check_free(tmp_path, overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        check_free(tmp_path / "run", overwrite=True)
+
+
+def test_a_file_on_the_way_to_the_folder(tmp_path):
+    """out = file/run: the folder cannot be made, and that is said before hours of training, not after."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        check_free(tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_parent(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot be written"):
+        check_free(tmp_path / "run")
+
+
+def test_a_new_run_holds_its_config(run, tmp_path):
+    assert sorted(p.name for p in run.folder.iterdir()) == ["config.toml"]
+    assert parse(Config, argv=["--config", str(run.folder / "config.toml")], exit_on_error=False).out == str(tmp_path / "run")
+    with pytest.raises(InputError, match="--overwrite"):
+        Run(settings("--out", str(run.folder)))
+
+
+def test_overwrite_replaces_the_old_run(run):
+    run.log(1, {"loss": 1.0})
+    run.save("final", writer("old"))
+    Run(settings("--out", str(run.folder), "--overwrite", "--lr", "0.5"))
+    assert sorted(tree(run.folder)) == ["config.toml"]
+    assert tomllib.loads((run.folder / "config.toml").read_text())["lr"] == 0.5
+
+
+def test_the_log_is_one_json_line_a_step(run):
+    run.log(1, {"loss": 0.5})
+    run.log(2, {"loss": 0.25, "eval/reward": -1.0})
+    run.samples(2, [{"prompt": "é", "response": "x\ny"}, {"prompt": "b", "response": ""}])
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "eval/reward": -1.0}]
+    rows = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert rows == [{"step": 2, "prompt": "é", "response": "x\ny"}, {"step": 2, "prompt": "b", "response": ""}]
+
+
+def test_save_replaces_whole_folders(run):
+    """A file of the old folder that the new one lacks is gone; nothing temporary stays."""
+    run.save("best", lambda folder: (writer("1")(folder), (folder / "extra").write_text("")))
+    run.save("best", writer("2"))
+    assert tree(run.folder / "best") == {"weights": b"2"}
+    assert sorted(p.name for p in run.folder.iterdir()) == ["best", "config.toml"]
+
+
+def test_a_failed_save_leaves_the_old_folder(run):
+    """Disk full half-way: best/ is still the old one, and the next save is not disturbed by what was left."""
+    run.save("best", writer("old"))
+
+    def disk_full(folder):
+        writer("half")(folder)
+        (folder / "other half").write_text("")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space"):
+        run.save("best", disk_full)
+    assert tree(run.folder / "best") == {"weights": b"old"}
+    run.save("best", writer("new"))
+    assert tree(run.folder / "best") == {"weights": b"new"}
+
+
+def test_a_first_save_that_fails_leaves_no_folder(run):
+    def fail(folder):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run.save("final", fail)
+    assert not (run.folder / "final").exists()
+
+
+def test_checkpoints_are_pruned_to_the_newest(run):
+    """By number, not by name: step-100 is newer than step-20, which as text comes last."""
+    for step in (10, 20, 100):
+        run.checkpoint(step, writer(str(step)), keep=2)
+    assert tree(run.folder / "checkpoints") == {"step-20/weights": b"20", "step-100/weights": b"100"}
+    run.checkpoint(110, writer("110"), keep=1)
+    assert tree(run.folder / "checkpoints") == {"step-110/weights": b"110"}
+
+
+def test_the_best_is_kept_and_misses_are_counted(run):
+    """Scores 1, 0.5, 1 (a tie is no gain), 2: best at steps 1 and 4, misses 0, 1, 2, 0."""
+    seen = []
+    for step, score in enumerate((1.0, 0.5, 1.0, 2.0), start=1):
+        run.keep_best(step, score, writer(str(step)))
+        seen.append((run.best_step, run.misses, (run.folder / "best" / "weights").read_text()))
+    assert seen == [(1, 0, "1"), (1, 1, "1"), (1, 2, "1"), (4, 0, "4")] and run.best_score == 2.0
+
+
+def test_finish_writes_the_model_then_the_results(run, monkeypatch):
+    """results.json says that a run is finished, so it comes last: where final/ fails, it is not there."""
+    def fail(folder):
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        run.finish(fail, best_step=3)
+    assert not (run.folder / "results.json").exists()
+    run.finish(writer("w"), best_step=3, test={"exact_match": 0.5})
+    results = json.loads((run.folder / "results.json").read_text())
+    assert results["best_step"] == 3 and results["test"] == {"exact_match": 0.5}
+    assert results["seconds"] >= 0 and results["peak_memory_mb"] > 50
+    assert sorted(p.name for p in run.folder.iterdir()) == ["config.toml", "final", "results.json"]
+
+
+# -------------------------------------------------------------------------------------------------------- optimisation
+
+def rates(total, warmup, steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler, found = linear_decay(optimizer, total, warmup), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("total, warmup, expected", [
+    (4, 0, [2, 1.5, 1, 0.5, 0, 0]),               # 2 * (4 - s) / 4, and 0 from step 4 on
+    (5, 1, [1, 2, 1.5, 1, 0.5, 0]),               # half-way up after 1 of 1 + 1; then 2 * (5 - s) / 4
+    (6, 3, [0.5, 1, 1.5, 2, 4 / 3, 2 / 3]),       # quarters up to the peak at step 3; then 2 * (6 - s) / 3
+    (1, 0, [2, 0]),
+])
+def test_linear_decay_by_hand(total, warmup, expected):
+    """Peak 2.0: every step of the schedule trains (no rate of 0 before total_steps), and none rises past the peak."""
+    assert rates(total, warmup, len(expected)) == pytest.approx(expected)
+
+
+def module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+
+
+def test_weight_decay_is_for_matrices_only():
+    """lr 0.1, decay 0.5 and zero gradients: matrices shrink by 1 - 0.05, biases and norms stay."""
+    model = module()
+    optimizer = adamw([model], 0.1, weight_decay=0.5)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, before[name] * (0.95 if p.dim() == 2 else 1), atol=1e-7), name
+
+
+def test_adamw_takes_every_parameter_once_and_leaves_frozen_ones():
+    first, second = module(), module()
+    second.requires_grad_(False)
+    groups = adamw([first, second], 0.1, eps=1e-5, betas=(0.8, 0.9)).param_groups
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in first.parameters()}
+    assert sum(len(group["params"]) for group in groups) == 6
+    assert all(group["eps"] == 1e-5 and group["betas"] == (0.8, 0.9) and group["lr"] == 0.1 for group in groups)
+
+
+def test_the_gradient_is_clipped_by_its_whole_norm():
+    """Gradients (3,) and (4,): norm 5, bound 1 -> a step of lr * (0.6, 0.8); the norm before clipping is returned."""
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0)
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert optimiser_step(optimizer, 0.1, 1.0, 1) == pytest.approx(5.0)
+    assert a.item() == pytest.approx(-0.6) and b.item() == pytest.approx(-0.8)
+    assert a.grad is None and b.grad is None, "the next step starts without gradients"
+
+
+def test_a_small_gradient_is_not_scaled():
+    a = nn.Parameter(torch.zeros(1))
+    a.grad = torch.tensor([0.5])
+    assert optimiser_step(torch.optim.SGD([a], lr=1.0), 0.1, 1.0, 1) == pytest.approx(0.5)
+    assert a.item() == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (1.0, -math.inf)])
+def test_what_is_not_finite_stops_before_any_weight_changes(loss, gradient):
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([a, b], lr=0.1)
+    a.grad, b.grad = torch.tensor([1.0, gradient]), torch.ones(1)
+    with pytest.raises(RunFailed, match="step 17.*no weight was changed") as error:
+        optimiser_step(optimizer, loss, 1.0, 17)
+    assert (a == 1).all() and (b == 1).all() and not optimizer.state and "\n" not in str(error.value)
+
+
+def test_autocast_computes_in_the_precision_asked_for():
+    a = torch.ones(2, 2)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with runs.autocast(torch.device("cpu"), precision):
+            assert (a @ a).dtype == dtype
