@@ -157,7 +157,7 @@ def train(config):
         pipeline.ensure("train_sft.py", sft, config, model=config.model)
     train_pairs, held_out, reward_specs = splits.train, splits.validation, config.reward
     if splits.train[0].chosen is None:
-        pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy or sft)
+        pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy)
         train_pairs = read(reward_folder / "preferences.jsonl", "preference")
         held_out = read(reward_folder / "preferences_validation.jsonl", "preference")
         reward_specs = config.reward or [str(reward_folder)]

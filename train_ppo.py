@@ -182,7 +182,7 @@ def train(config):
     if not config.policy:
         pipeline.ensure("train_sft.py", sft, config, model=config.model)
     if not config.reward:
-        pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy or sft)
+        pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy)
     seed_everything(config.seed)
     folder = config.policy or str(sft)
     tokenizer = Tokenizer.from_pretrained(folder)

@@ -50,6 +50,7 @@ def gae(rewards, values, response_mask, gamma=1.0, lam=0.95, last_values=None):
     Returns: advantages (B, R), returns (B, R); 0 where the mask is 0.
     """
     check_shapes(rewards=rewards, values=values, response_mask=response_mask)
+    check_shapes(last_values=last_values, rows=response_mask[:, 0])
     mask = response_mask != 0
     rewards, values = keep(rewards, mask), keep(values, mask)
     next_value = torch.zeros_like(values[:, 0]) if last_values is None else last_values.to(values.dtype)  # (B,)

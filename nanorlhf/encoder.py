@@ -228,7 +228,7 @@ class Encoder(nn.Module):
                              f"{self.config.max_tokens}; cut the text with the tokenizer's max_length")
         allowed = None
         if attention_mask is not None:
-            # (B, 1, 1, T), broadcast over (B, H, T, T). A row of pads alone attends to nothing: torch >= 2.5 makes that 0
+            # (B, 1, 1, T), broadcast over (B, H, T, T); a row of pads alone attends to nothing, which torch makes 0
             allowed = attention_mask.bool()[:, None, None, :]
         x = self.embeddings(input_ids, attention_mask, token_type_ids)  # (B, T, C)
         yield x

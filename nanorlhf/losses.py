@@ -31,6 +31,7 @@ def sft_loss(logits, labels, ignore_index=-100):
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counted = labels != ignore_index  # (N,)
+    logits = torch.where(counted[:, None], logits, 0)  # an infinite logit in padding would make the gradient 0 * inf
     losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")  # (N,)
     correct = logits.argmax(-1) == labels
     return masked_mean(losses, counted), _floats(accuracy=masked_mean(correct, counted), tokens=counted.sum())
@@ -144,7 +145,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
                   Rafailov et al. 2023, Eq. 7; with e > 0 the conservative DPO of Mitchell 2023
         robust    (-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2e)  Chowdhury et al. 2024
         ipo       (h - 1 / (2 beta))^2                                                Azar et al. 2023, Eq. 17
-        hinge     max(0, 1 - beta h)                                                  Zhao et al. 2023 (SLiC)
+        hinge     max(0, 1 - beta h)                                                  Zhao et al. 2023 (SLiC), Liu et al. 2023 (RSO)
 
     Args:
         policy_*_logps: (B,), sums of token log-probs over the response (for "ipo" per-token means, as its authors advise);
@@ -169,7 +170,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     chosen_ratios = policy_chosen_logps - ref_chosen_logps  # (B,)
     rejected_ratios = policy_rejected_logps - ref_rejected_logps  # (B,)
     h = chosen_ratios - rejected_ratios
-    right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    right = -F.logsigmoid(beta * h)
+    wrong = -F.logsigmoid(-beta * h) if label_smoothing else 0  # may be infinite, and 0 * inf is NaN
     if loss_type == "sigmoid":
         losses = (1 - label_smoothing) * right + label_smoothing * wrong
     elif loss_type == "robust":

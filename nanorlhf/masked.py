@@ -58,8 +58,9 @@ def whiten(x, mask, center=True, unbiased=False, eps=1e-8):
         mask: (B, R), bool or float.
         center: subtract the mean for good; False adds it back after the division, so that only the scale changes.
         unbiased: variance over n - 1; the original PPO for language models (Ziegler et al. 2019) divides by n.
-    Returns: (B, R), 0 where the mask is 0. A one-token mask gives 0, not NaN.
+    Returns: (B, R), 0 where the mask is 0. A one-token mask gives 0 (the token itself without centring), not NaN.
     """
-    mean, variance = masked_mean(x, mask), masked_var(x, mask, unbiased)
-    whitened = (x - mean) * torch.rsqrt(variance + eps)
-    return torch.where(mask != 0, whitened if center else whitened + mean, 0)
+    wide = torch.where(mask != 0, x, 0).to(torch.promote_types(x.dtype, torch.float32))  # eps is 0 in float16
+    mean, variance = masked_mean(wide, mask), masked_var(wide, mask, unbiased)
+    whitened = (wide - mean) * torch.rsqrt(variance + eps)
+    return torch.where(mask != 0, whitened if center else whitened + mean, 0).to(x.dtype)

@@ -235,6 +235,7 @@ def test_classifier_folder_gives_equal_logits_and_goes_back(tmp_path, family, la
 
         names = {"id2label": {str(i): str(i) for i in range(labels)}, "label2id": {str(i): i for i in range(labels)}}
         hf.write(tmp_path / "ours", classifier_state(encoder, head), {**encoder.config.to_dict(), **names})
+        assert set(hf.read_weights(tmp_path / "ours")) == set(hf.read_weights(tmp_path / "theirs"))
         back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
         assert gap(back(ids, attention_mask=mask, token_type_ids=types).logits, theirs) <= 1e-5
 

@@ -16,8 +16,8 @@ KINDS = {  # code of which one node can be edited, and everything it may become
     "a": {"names", "rows", "text", "x", "xs"},
     "7": {"5", "6", "8", "9", "12"},
     "not 1.5": {"not -0.5", "not 0.5", "not 2.5", "not 3.5", "not 6.5"},
-    "'word'": {repr(name) for name in NAMES},
-    "','": {repr(c) for c in " .-_;:|/"},
+    "['word']": {f"[{name!r}]" for name in NAMES},  # in a list: by itself it would be a docstring
+    "[',']": {f"[{c!r}]" for c in " .-_;:|/"},
 }
 
 
@@ -55,7 +55,8 @@ def test_single_edits_by_hand(code, allowed):
 
 
 @pytest.mark.parametrize("code, allowed", [
-    ("a + b", {"a - b", "a * b"}), ("a < b", {"a <= b", "a > b", "a >= b"}), ("a == b", {"a != b"}), ("a in b", {"a not in b"}),
+    ("a + b", {"a - b", "a * b"}), ("a < b", {"a <= b", "a > b", "a >= b"}), ("a == b", {"a != b"}),
+    ("a in b", {"a not in b"}),
     ("a and b", {"a or b"}), ("a // b", {"a / b", "a % b"}), ("f(a, b)", {"f(b, a)"}), ("f(a, key=b)", {"f(a)"}),
 ])
 def test_operators_arguments_and_keywords(code, allowed):
@@ -85,13 +86,13 @@ def test_the_arguments_stay_as_they_are():
     assert names == NAMES
 
 
-# ------------------------------------------------------------------------------------------------------ preference pairs
+# ----------------------------------------------------------------------------------------------------- preference pairs
 
 RECORDS = [Record("add", reference="a + b", id="7"), Record("length", reference="len(xs)", id="8")]
 
 
 def test_pairs_by_hand():
-    """Three wrong answers, one of them twice, one right but for white space, `most` = 2 -> two pairs, in order of sampling."""
+    """Three wrong answers, one of them twice, one right but for white space, `most` = 2 -> two pairs, in order."""
     samples = [["a - b", "a+b", "a - b", "b", "c"], ["len(xs)"]]
     pairs = preference_pairs(RECORDS, samples, random.Random(0), mutations=0, most=2)
     assert pairs == [
@@ -110,7 +111,8 @@ def test_mutations_make_pairs_too():
     assert pairs and all(pair["source"] == "mutation" for pair in pairs)
     for pair in pairs:
         assert not exact_match(pair["rejected"], pair["chosen"])
-        assert {node.id for node in ast.walk(ast.parse(pair["rejected"])) if isinstance(node, ast.Name)} <= {"a", "b", "len", "xs"}
+        names = {node.id for node in ast.walk(ast.parse(pair["rejected"])) if isinstance(node, ast.Name)}
+        assert names <= {"a", "b", "len", "xs"}
     assert len({pair["id"] for pair in pairs}) == len(pairs), "ids are unique"
     assert len({(pair["prompt"], pair["rejected"]) for pair in pairs}) == len(pairs), "no mutation twice"
 
@@ -122,14 +124,23 @@ def test_pairs_are_deterministic():
 
 
 def test_no_pair_twice():
-    """A mutation that the policy also wrote teaches once: "a and b" has but one mutation, and the policy sampled it."""
+    """A mutation that the policy also wrote teaches once: the policy sampled "1 or 1", also a mutation."""
     pairs = preference_pairs([Record("p", reference="1 and 1", id="1")], [["1 or 1"]], random.Random(0), mutations=40)
     rejected = [pair["rejected"] for pair in pairs]
     assert "1 or 1" in rejected and len(rejected) == len(set(rejected))
 
 
+def test_rows_without_ids_still_make_pairs_that_can_be_read(tmp_path):
+    """Most data have no ids; `read` refuses an id that occurs twice, so the pairs of two rows must not share one."""
+    records = [Record("add", reference="a + b"), Record("length", reference="len(xs)")]
+    pairs = preference_pairs(records, [["b"], ["xs"]], random.Random(0))
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    assert len(read(tmp_path / "pairs.jsonl", "preference")) == len(pairs) > 2
+
+
 def test_references_that_do_not_parse_still_make_policy_pairs():
-    pairs = preference_pairs([Record("p", reference="print 'x'", id="1")], [["print 'y'", "print 'x'"]], random.Random(0))
+    pairs = preference_pairs([Record("p", reference="print 'x'", id="1")], [["print 'y'", "print 'x'"]],
+                             random.Random(0))
     assert [(pair["rejected"], pair["source"]) for pair in pairs] == [("print 'y'", "policy")]
 
 

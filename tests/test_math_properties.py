@@ -79,6 +79,22 @@ def test_padding_reaches_neither_result_nor_gradient(name, mask_type, poison):
         assert (gradients[1][~mask] == 0).all()
 
 
+@pytest.mark.parametrize("poisoned", [0, 1, 2])
+@pytest.mark.parametrize("name", ["policy", "policy_dual", "value", "value_unclipped"])
+def test_padding_of_one_input_alone_reaches_nothing(name, poisoned):
+    """NaN in the advantages while the log-probs are finite, and so on: no other input's NaN may hide a missing mask."""
+    mask = lengths_mask()
+    results, gradients = [], []
+    for filler in (0.0, NAN):
+        inputs = [numbers(B, R, seed=i) for i in range(3)]
+        inputs[poisoned] = inputs[poisoned].masked_fill(~mask, filler)
+        x = inputs[0].requires_grad_()
+        results.append(MASKED[name](*inputs, mask))
+        gradients.append(torch.autograd.grad(results[-1], x)[0])
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.parametrize("name", ["policy", "value"])
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_padding_does_not_reach_the_statistics(name, poison):
@@ -343,6 +359,18 @@ def test_bootstrapping_adds_one_discounted_term():
     lam_0 = gae(rewards, values, mask, 0.9, 0.0, last_values)[0] - gae(rewards, values, mask, 0.9, 0.0)[0]
     all_but_last = lengths_mask(tuple(max(length - 1, 0) for length in LENGTHS))
     assert torch.equal(lam_0 != 0, mask & ~all_but_last)
+
+
+def test_a_masked_token_amid_the_response_is_passed_over():
+    """It gets 0, and the others what they would get without its column; the same for padding on the left."""
+    rewards, values = numbers(2, 5), numbers(2, 5, seed=1)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 1, 1]])
+    advantages, returns = gae(rewards, values, mask, 0.9, 0.8)
+    assert (advantages[mask == 0] == 0).all() and (returns[mask == 0] == 0).all()
+    for row in range(2):
+        kept = mask[row] == 1
+        dense, _ = gae(rewards[row, kept][None], values[row, kept][None], torch.ones(1, int(kept.sum())), 0.9, 0.8)
+        torch.testing.assert_close(advantages[row, kept], dense[0])
 
 
 def test_rows_do_not_mix():

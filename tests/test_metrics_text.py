@@ -217,7 +217,7 @@ def test_sentence_bleu_equals_nltk(pairs):
         split = rng.choice([words, conala_tokens])
         hypothesis, references = split(prediction), [split(reference) for reference in references]
         weights = rng.choice([(0.25,) * 4, (0.25,) * 4, (1.0,), (0.5, 0.3, 0.2), (0.2,) * 5])
-        for name in rng.sample(sorted(SMOOTHING), 3):
+        for name in rng.sample(sorted(SMOOTHING), 2):
             theirs = nltk_value(nltk.sentence_bleu, references, hypothesis, weights, getattr(smooth, name))
             ours = our_value(sentence_bleu, references, hypothesis, weights, name)
             if InputError in (ours, theirs):
@@ -233,7 +233,7 @@ def test_corpus_bleu_equals_nltk(pairs):
     tokens = [([words(r) for r in references], words(prediction)) for prediction, references in pairs]
     for start, size in [*((i, 10) for i in range(0, PAIRS, 40)), (0, PAIRS)]:
         references, hypotheses = zip(*tokens[start:start + size])
-        for name in SMOOTHING if size < PAIRS else rng.sample(sorted(SMOOTHING), 2):
+        for name in SMOOTHING if size < PAIRS else rng.sample(sorted(SMOOTHING), 1):
             theirs = nltk_value(nltk.corpus_bleu, references, hypotheses, (0.25,) * 4, getattr(smooth, name))
             ours = our_value(corpus_bleu, references, hypotheses, (0.25,) * 4, name)
             if InputError in (ours, theirs):
@@ -566,9 +566,10 @@ def test_parses(code, expected):
 
 
 def test_parsing_is_silent():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         assert parses(r"re.sub('\d', x)") and parses("x is 1") and exact_match(r"'\d' ", r"('\d')")
+    assert not seen
 
 
 def test_token_f1_by_hand():

@@ -1,4 +1,4 @@
-"""Sampling: against an uncached loop, transformers' greedy search and re-scoring; EOS, masks, top-k and top-p by hand."""
+"""Sampling: against an uncached loop, transformers' greedy search and re-scoring; EOS, top-k and top-p by hand."""
 import copy
 import math
 import os
@@ -43,7 +43,7 @@ def seeded(seed=0):
 
 
 class Scripted(nn.Module):
-    """Stands in for a GPT2 whose logits at step t are table[t], (B, V): what `generate` does can then be told by hand."""
+    """Stands in for a GPT2 whose logits at step t are table[t], (B, V): what `generate` does can be told by hand."""
 
     def __init__(self, table):
         super().__init__()
@@ -73,7 +73,7 @@ def one_token(probabilities, count, generator_seed=0, **options):
 
 
 def uncached(model, ids, mask, steps, temperature, eos_id, generator):
-    """The definition of sampling: a whole forward for every token, unoptimised. Rows go on after EOS, cut afterwards."""
+    """The definition of sampling: a whole forward for every token, unoptimised. Rows are cut at EOS afterwards."""
     start = ids.shape[1]
     for _ in range(steps):
         logits = model(ids, mask)[:, -1]
@@ -106,7 +106,8 @@ def test_greedy_equals_transformers(tmp_path, changes):
     """Random checkpoints, ragged left-padded batches, an EOS that some rows meet and others do not."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(4)
-    theirs = shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**BASE, **changes}, bos_token_id=0, eos_token_id=0)))
+    theirs = shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        **{**BASE, **changes}, bos_token_id=0, eos_token_id=0)))
     theirs.eval().save_pretrained(tmp_path)
     ours, (ids, mask) = GPT2.from_pretrained(tmp_path), ragged((5, 1, 8, 3, 2, 6))
     eos_id = generate(ours, ids, mask, 10, 0)[0][1, 3].item()  # row 1 will end after at most 4 tokens
@@ -247,7 +248,7 @@ def test_more_tokens_than_positions_are_an_input_error():
         generate(model, ids, mask, 10, 0)
 
 
-# ----------------------------------------------------------------------------------------- dropout, gradient, train flag
+# ---------------------------------------------------------------------------------------- dropout, gradient, train flag
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_off_and_the_mode_restored(training):
@@ -305,7 +306,7 @@ P = [0.05, 0.5, 0.15, 0.3]  # shuffled, so that ranks are not ids
     (dict(top_p=0.7), [0, 0.625, 0, 0.375]),                       # 0.5 < 0.7 <= 0.8
     (dict(top_p=0.4), [0, 1, 0, 0]),
     (dict(top_p=1e-6), [0, 1, 0, 0]),                              # never nothing
-    (dict(top_k=2, top_p=0.6), [0, 1, 0, 0]),                      # of the two, 0.625 is enough; of all, 0.5 would not be
+    (dict(top_k=2, top_p=0.6), [0, 1, 0, 0]),                      # of the two 0.625 is enough; of all 0.5 is not
     (dict(temperature=0.5, top_p=0.6), [0, 1, 0, 0]),              # squared: 0.25 / 0.365 = 0.68
     (dict(temperature=2.0, top_k=2), [0, 0.5635, 0, 0.4365]),      # sqrt 0.5 / (sqrt 0.5 + sqrt 0.3)
 ], ids=str)

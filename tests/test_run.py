@@ -1,4 +1,4 @@
-"""Runs: exit codes, the run folder, whole-or-nothing saves, checkpoints, the device, the learning rate, the optimiser step."""
+"""Runs: exit codes, the run folder, whole-or-nothing saves, checkpoints, device, learning rate, optimiser step."""
 import json
 import math
 import os
@@ -108,7 +108,8 @@ def test_gpu_and_cpu_contradict_each_other():
 
 
 @no_cuda
-@pytest.mark.parametrize("gpu, device, flag", [(0, "auto", "--gpu 0"), (3, "cuda", "--gpu 3"), (None, "cuda", "--device cuda")])
+@pytest.mark.parametrize("gpu, device, flag",
+                         [(0, "auto", "--gpu 0"), (3, "cuda", "--gpu 3"), (None, "cuda", "--device cuda")])
 def test_no_silent_fallback_to_the_cpu(gpu, device, flag):
     with pytest.raises(InputError, match=flag) as error:
         pick_device(gpu, device)
@@ -184,7 +185,8 @@ def test_an_unwritable_parent(tmp_path):
 
 def test_a_new_run_holds_its_config(run, tmp_path):
     assert sorted(p.name for p in run.folder.iterdir()) == ["config.toml"]
-    assert parse(Config, argv=["--config", str(run.folder / "config.toml")], exit_on_error=False).out == str(tmp_path / "run")
+    assert parse(Config, argv=["--config", str(run.folder / "config.toml")],
+                 exit_on_error=False).out == str(tmp_path / "run")
     with pytest.raises(InputError, match="--overwrite"):
         Run(settings("--out", str(run.folder)))
 
@@ -336,7 +338,8 @@ def test_a_small_gradient_is_not_scaled():
     assert a.item() == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (1.0, -math.inf)])
+@pytest.mark.parametrize("loss, gradient",
+                         [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (1.0, -math.inf)])
 def test_what_is_not_finite_stops_before_any_weight_changes(loss, gradient):
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([a, b], lr=0.1)

@@ -1,4 +1,4 @@
-"""Texts to batches: cutting and its counts, joined masks by hand, picked logits against full ones, batches of like length."""
+"""Texts to batches: cutting and its counts, joined masks by hand, picked logits against full ones, batches."""
 import pytest
 import torch
 
@@ -16,7 +16,8 @@ def tokenizer():
 
 def tiny(**changes):
     torch.manual_seed(0)
-    model = GPT2.from_config(GPT2Config(**{**dict(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2), **changes}))
+    model = GPT2.from_config(GPT2Config(**{**dict(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2),
+                                           **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -76,7 +77,7 @@ def test_no_token_spans_the_boundary(tokenizer):
     queries, _ = encode_queries(tokenizer, ["the lis"], "{prompt}", 99)
     responses, _ = encode_responses(tokenizer, ["t of names"], 99)
     ids, _, response_mask = join(queries, responses, tokenizer.pad_id)
-    assert ids[0].tolist() != tokenizer.encode("the list of names") + [tokenizer.eos_id], "the texts should merge as one"
+    assert ids[0].tolist() != tokenizer.encode("the list of names") + [tokenizer.eos_id], "they should merge"
     assert ids[0][~response_mask[0]].tolist() == tokenizer.encode("the lis")
     assert tokenizer.decode(ids[0][response_mask[0]].tolist()) == "t of names"
 
@@ -94,12 +95,13 @@ def test_predict_by_hand():
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False)], ids=["tied", "untied"])
 def test_predict_equals_full_logits_picked(changes):
-    """Ragged rows, row by row and unpadded: the same logits in the same order, without a head over query and padding."""
+    """Ragged rows, row by row and unpadded: the same logits in the same order, no head over query and padding."""
     model = tiny(**changes)
     queries, responses = [[1], [2, 3, 4, 5], [6, 7]], [[8, 9, 10], [11], [12, 13, 14, 15, 16]]
     logits, targets = predict(model, *join(queries, responses, 0))
     assert targets.tolist() == [token for response in responses for token in response]
-    expected = [model(torch.tensor([query + response]))[0, len(query) - 1:-1] for query, response in zip(queries, responses)]
+    expected = [model(torch.tensor([query + response]))[0, len(query) - 1:-1]
+                for query, response in zip(queries, responses)]
     assert torch.allclose(logits, torch.cat(expected), atol=1e-5)
 
 
@@ -118,7 +120,7 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("count, batch_size", [(1, 4), (4, 4), (7, 3), (100, 8), (1000, 32), (50, 1)])
 def test_each_row_comes_once(count, batch_size):
-    """A permutation of the rows in ceil(count / batch_size) batches or, by windows, a little more; none above its size."""
+    """A permutation of the rows in ceil(count / batch_size) batches none above its size."""
     lengths = torch.randint(1, 60, (count,), generator=generator(1)).tolist()
     batches = shuffled_batches(lengths, batch_size, generator())
     assert sorted(row for batch in batches for row in batch) == list(range(count))

@@ -67,6 +67,7 @@ def tokens(text, stem=False):
 
 
 def _lines(text, stem):
+    """The tokens of each line; empty lines, a trailing newline's among them, hold none and are left out."""
     return [tokens(line, stem) for line in text.split("\n") if line]
 
 

@@ -110,9 +110,10 @@ def test_adaptive_controller():
 
 
 def test_adaptive_controller_counts_samples():
-    """e = 0.2, horizon 10,000. 512 samples: 1 + 0.2 * 512 / 10,000 = 1.01024. The original's numbers, and a tensor for
-    the KL."""
+    """The original's horizon of 10,000 and batch of 512. KL 100: e = 0.2, 1 + 0.2 * 512 / 10,000 = 1.01024. KL 6.6: e =
+    0.1, 1 + 0.1 * 0.0512 = 1.00512. The KL may be a tensor, of which none stays behind in the coefficient."""
     controller = AdaptiveKLController(0.15, 6.0, 10_000)
-    controller.update(torch.tensor(100.0), 512)
-    assert controller.value == pytest.approx(0.15 * 1.01024, rel=1e-9)
-    assert isinstance(controller.value, float)
+    for kl, expected in [(100.0, 0.15 * 1.01024), (6.6, 0.15 * 1.01024 * 1.00512)]:
+        controller.update(torch.tensor(kl), 512)
+        assert controller.value == pytest.approx(expected, rel=1e-7)
+        assert isinstance(controller.value, float)

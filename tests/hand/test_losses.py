@@ -167,8 +167,7 @@ def test_ppo_policy_gradient(advantage, log_ratio, slope):
 
 def test_dual_clip():
     """A = -1: ratio e costs e; with d = 2 at most 2, with d = 3 still e. A = 1 at ratio e: -1.2 with or without; at
-    ratio 1/e: -1/e.
-    A = -1 at ratio 1/e: 0.8 is below the cap."""
+    ratio 1/e: -1/e. A = -1 at ratio 1/e: 0.8 is below the cap."""
     new, old = torch.tensor([[1.0, 1.0, -1.0, -1.0]]), torch.zeros(1, 4)
     advantages, mask = torch.tensor([[-1.0, 1.0, 1.0, -1.0]]), torch.ones(1, 4)
     rest = -1.2 - 1 / E + 0.8

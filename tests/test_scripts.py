@@ -1,0 +1,776 @@
+"""The scripts: help, a small run of each from end to end, what PPO and DPO compute at their core, and bad input.
+
+Stages are trained once on 60 rows with a model of one layer; `launch` runs a script's own parse, main and train in this
+process (a new one costs seconds for torch alone), and two runs go through a real command line.
+"""
+import copy
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import nn
+
+from nanorlhf import pipeline
+from nanorlhf.advantages import gae, shape_rewards
+from nanorlhf.config import options, parse
+from nanorlhf.encoder import Encoder, EncoderConfig
+from nanorlhf.errors import InputError
+from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
+from nanorlhf.masked import whiten
+from nanorlhf.rollout import roll_out, score_tokens
+from nanorlhf.run import adamw, main
+from nanorlhf.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("train_sft", "train_reward", "train_ppo", "train_dpo")
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+train_sft, train_reward, train_ppo, train_dpo = (importlib.import_module(name) for name in SCRIPTS)
+
+TEXT = ["--max-query", "20", "--max-response", "8", "--device", "cpu"]
+SFT = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "290", "--epochs", "2",
+       "--batch-size", "16", "--lr", "0.02", "--eval-rows", "4"]
+REWARD = ["--samples", "1", "--pair-rows", "20", "--epochs", "1", "--batch-size", "8"]
+PPO = ["--steps", "2", "--batch-size", "8", "--minibatch-size", "4", "--micro-batch-size", "3", "--eval-every", "1",
+       "--eval-rows", "4"]
+DPO = ["--epochs", "1", "--batch-size", "16", "--eval-every", "2", "--eval-rows", "4"]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def launch(script, *words, draw=False):
+    """A script's `parse` and `main` in this process, as its last lines call them: returns the exit code. Drawing takes
+    longer than all the rest of such a run, so it is left to `home` and the runs through the command line."""
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch:
+        if not draw:
+            patch.setattr(module, script.replace("train", "plot"), lambda folder: None)
+        try:
+            main(module.train, parse(module.Config, module.PRESETS, list(words), prog=f"{script}.py"))
+        except SystemExit as exit:
+            return exit.code
+    return 0
+
+
+def command(script, *words):
+    """A script as a user runs it: a new process in the repository root."""
+    return subprocess.run([sys.executable, f"{script}.py", *words], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the data and finished stages: data.jsonl, runs/sft, runs/reward."""
+    home = tmp_path_factory.mktemp("home")
+    names = ["xs", "rows", "items", "names", "words", "values"]
+    data = write_rows(home / "data.jsonl", [{"id": f"{name}{number}", "prompt": f"add {number} to {name}",
+                                             "reference": f"{name} + {number}"} for number in range(10)
+                                            for name in names])
+    for script, flags in (("train_sft", SFT), ("train_reward", REWARD)):
+        out = home / "runs" / script.removeprefix("train_")
+        assert launch(script, "--data", data, "--out", str(out), *TEXT, *flags, draw=True) == 0
+    return home
+
+
+@pytest.fixture(scope="module")
+def ppo(home):
+    """PPO beside the stages, through the command line: (finished process, run folder)."""
+    out = home / "runs" / "ppo"
+    return command("train_ppo", "--data", str(home / "data.jsonl"), "--out", str(out), *TEXT, *PPO), out
+
+
+@pytest.fixture(scope="module")
+def dpo(home):
+    out = home / "runs" / "dpo"
+    return command("train_dpo", "--data", str(home / "data.jsonl"), "--out", str(out), *TEXT, *DPO), out
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_names_every_option(script):
+    """Without torch (which alone takes longer) well under 2 s, of processor time: the machine may be busy."""
+    before = os.times()
+    done = command(script, "--help")
+    after = os.times()
+    assert done.returncode == 0 and done.stderr == ""
+    module = importlib.import_module(script)
+    for opt in options(module.Config).values():
+        flag = f"--[no-]{opt.flag[2:]}" if opt.kind is bool else opt.flag
+        assert f"  {flag}" in done.stdout, f"{flag} is missing"
+        assert opt.help, f"{flag} has no help"
+    assert all(f"\n  {name} " in done.stdout for name in ("fast", "research", "production"))
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 2
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+def test_sft_and_reward_run_folders(home):
+    for script, metric in (("sft", "eval/exact_match"), ("reward", "eval/accuracy")):
+        folder = home / "runs" / script
+        names = {p.name for p in folder.iterdir()}
+        assert {"config.toml", "metrics.jsonl", "results.json", "plots", "best", "final"} <= names
+        assert metric in log(folder)[-1]
+        assert (folder / "plots" / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+        assert not [p for p in folder.rglob("*") if "partial" in p.name]
+    results = json.loads((home / "runs" / "reward" / "results.json").read_text())
+    assert results["leakage"]["overlap"] == [] and results["train_rows"] > 0
+    stored = json.loads((home / "runs" / "reward" / "final" / "reward_model.json").read_text())
+    assert (stored["gain"], stored["bias"]) == (results["gain"], results["bias"])
+
+
+def test_reward_pairs_come_from_training_and_validation_rows(home):
+    """Never from test rows, and never the same prompt on both sides."""
+    from nanorlhf.data import load_splits
+    splits = load_splits(home / "data.jsonl")
+    for name, rows in (("preferences", splits.train), ("preferences_validation", splits.validation)):
+        pairs = [json.loads(line) for line in (home / "runs" / "reward" / f"{name}.jsonl").read_text().splitlines()]
+        assert pairs and {pair["prompt"] for pair in pairs} <= {row.prompt for row in rows}
+
+
+def test_ppo_from_the_command_line(ppo):
+    """Exit 0; says which device it took and that both stages were reused; prints the table and five samples."""
+    done, folder = ppo
+    assert done.returncode == 0, done.stderr
+    for words in ("device: cpu", "sft: finished already, reused", "reward: finished already, reused", "learned reward",
+                  "exact match", "CoNaLa BLEU", "response length", "KL to the SFT policy", "ended with EOS",
+                  "Five prompts"):
+        assert words in done.stdout, words
+    assert {p.name for p in folder.iterdir()} >= {"config.toml", "metrics.jsonl", "samples.jsonl", "results.json",
+                                                  "plots",
+                                                  "best", "final"}
+    assert (folder / "plots" / "ppo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ppo_logs_what_it_should(ppo):
+    """Two steps and three evaluations (before, and after each), every number finite."""
+    rows = log(ppo[1])
+    steps = [row for row in rows if "objective/kl" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert [row["step"] for row in rows if "eval/reward" in row] == [0, 1, 2]
+    assert set(steps[0]) >= {
+        "objective/score", "objective/score_std", "objective/rewards", "objective/kl", "objective/kl_k3",
+        "objective/kl_coef",
+        "loss/total", "loss/policy", "loss/value", "policy/entropy", "policy/approx_kl", "policy/clipfrac",
+        "policy/ratio",
+        "policy/updates", "value/clipfrac", "value/explained_variance", "response/length", "response/eos", "grad_norm",
+        "lr",
+        "time/rollout", "time/update"}
+    assert all(isinstance(value, (int, float)) and value == value and abs(value) < 1e9 for row in rows
+               for value in row.values())
+    assert abs(steps[0]["objective/kl"]) < 1e-4, "before the first update the policy is the reference"
+    assert [row["lr"] for row in steps] == pytest.approx([3e-4, 1.5e-4])
+    assert [row["policy/updates"] for row in steps] == [4, 4], "2 epochs of 2 minibatches"
+
+
+def test_ppo_results(ppo, home):
+    results = json.loads((ppo[1] / "results.json").read_text())
+    test = results["test"]["test"]
+    for mode in ("sampled", "greedy"):
+        for name in ("SFT", "PPO"):
+            assert set(test[mode][name]) >= {"reward", "exact_match", "conala_bleu", "length", "ended"}
+        assert test["gain"][mode]["reward"]["low"] <= test["gain"][mode]["reward"]["high"]
+    assert test["sampled"]["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert len(results["samples"]) == 5 and set(results["samples"][0]) == {"prompt", "reference", "SFT", "PPO"}
+    assert results["steps"] == 2 and results["seconds"] > 0 and results["leakage"]["overlap"] == []
+
+
+@pytest.mark.parametrize("run", ["ppo", "dpo"])
+def test_final_loads_in_transformers(run, request):
+    """AutoModelForCausalLM and AutoTokenizer load final/, and its logits are ours."""
+    transformers = pytest.importorskip("transformers")
+    folder = request.getfixturevalue(run)[1]
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "final")
+    ids = tokenizer("add 3 to rows\n", return_tensors="pt").input_ids
+    assert ids[0].tolist() == Tokenizer.from_pretrained(folder).encode("add 3 to rows\n")
+    assert (theirs.eval()(ids).logits - GPT2.from_pretrained(folder)(ids)).abs().max() < 1e-5
+    assert GPT2.from_pretrained(folder / "best").num_parameters() == theirs.num_parameters()
+
+
+def test_final_is_the_best(ppo):
+    """The model kept is the one with the best validation reward, not the last."""
+    evaluations = {row["step"]: row["eval/reward"] for row in log(ppo[1]) if "eval/reward" in row}
+    results = json.loads((ppo[1] / "results.json").read_text())
+    assert results["best_step"] == max(evaluations, key=evaluations.get)
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (ppo[1] / "final" / name).read_bytes() == (ppo[1] / "best" / name).read_bytes()
+
+
+def test_the_saved_config_repeats_the_run(ppo, home):
+    """--config runs/ppo/config.toml --out other, in another process: the same metrics and weights."""
+    assert launch("train_ppo", "--config", str(ppo[1] / "config.toml"), "--out", str(home / "runs" / "again")) == 0
+    assert timeless(log(home / "runs" / "again")) == timeless(log(ppo[1]))
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (home / "runs" / "again" / "final" / name).read_bytes() == (ppo[1] / "final" / name).read_bytes()
+    first, again = (tomllib.loads((folder / "config.toml").read_text()) for folder in (ppo[1], home / "runs" / "again"))
+    assert {name for name in first if first[name] != again[name]} == {"out"}
+
+
+def test_another_seed_is_another_run(ppo, home):
+    assert launch("train_ppo", "--config", str(ppo[1] / "config.toml"), "--out", str(home / "runs" / "seed1"),
+                  "--seed", "1",
+                  "--steps", "1") == 0
+    assert timeless(log(home / "runs" / "seed1"))[1] != timeless(log(ppo[1]))[1]
+
+
+def test_a_finished_run_is_not_overwritten(ppo, capsys):
+    """Exit 2, one line, and every file as it was."""
+    before = snapshot(ppo[1])
+    assert launch("train_ppo", "--config", str(ppo[1] / "config.toml")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--overwrite" in error
+    assert snapshot(ppo[1]) == before
+
+
+def test_dpo_from_the_command_line(dpo, home):
+    done, folder = dpo
+    assert done.returncode == 0, done.stderr
+    assert "sft: finished already, reused" in done.stdout and "reward: finished already, reused" in done.stdout
+    assert (folder / "plots" / "dpo.png").read_bytes().startswith(b"\x89PNG")
+    rows = [row for row in log(folder) if "loss" in row]
+    pairs = len((home / "runs" / "reward" / "preferences.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows] == list(range(1, -(-pairs // 16) + 1))
+    assert set(rows[0]) >= {"loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy",
+                            "logps/chosen",
+                            "logps/rejected", "lr", "grad_norm", "epoch"}
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5), "log 2: the policy starts as the reference"
+    assert rows[0]["rewards/margin"] == pytest.approx(0, abs=1e-5)
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["test"]["test"]["greedy"]) == {"SFT", "DPO"}
+
+
+# --------------------------------------------------------------------------------- micro-batches change nothing
+
+def weights(folder):
+    return GPT2.from_pretrained(folder).state_dict()
+
+
+def gap(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def same_losses(first, second, name="loss"):
+    first, second = ([row[name] for row in log(folder) if name in row] for folder in (first, second))
+    return len(first) == len(second) and first == pytest.approx(second, abs=2e-5)
+
+
+def test_sft_micro_batches(home):
+    """Ragged responses: the mean is over the step's tokens, not over micro-batches."""
+    out = home / "runs" / "sft-micro"
+    assert launch("train_sft", "--config", str(home / "runs" / "sft" / "config.toml"), "--out", str(out),
+                  "--micro-batch-size", "3") == 0
+    assert same_losses(home / "runs" / "sft", out) and gap(weights(home / "runs" / "sft"), weights(out)) < 1e-4
+
+
+def test_reward_micro_batches(home):
+    out = home / "runs" / "reward-micro"
+    assert launch("train_reward", "--config", str(home / "runs" / "reward" / "config.toml"), "--out", str(out),
+                  "--micro-batch-size", "3") == 0
+    assert same_losses(home / "runs" / "reward", out) and same_losses(home / "runs" / "reward", out, "accuracy")
+
+
+def test_dpo_micro_batches_and_one_pass_of_the_reference(dpo, home, monkeypatch):
+    """3 pairs a forward pass rather than 16: the same losses and weights. The reference is asked twice, for the
+    training and the validation pairs, however many steps follow."""
+    calls = []
+    once = train_dpo.reference_logps
+    monkeypatch.setattr(train_dpo, "reference_logps", lambda *args: calls.append(len(args[2])) or once(*args))
+    out = home / "runs" / "dpo-micro"
+    assert launch("train_dpo", "--config", str(dpo[1] / "config.toml"), "--out", str(out), "--micro-batch-size",
+                  "3") == 0
+    assert len(calls) == 2
+    assert same_losses(dpo[1], out) and same_losses(dpo[1], out, "rewards/margin")
+    assert gap(weights(dpo[1] / "best"), weights(out / "best")) < 1e-4
+
+
+# ------------------------------------------------------------------------------------- other data, other options
+
+def test_every_ppo_option_at_once(home, monkeypatch):
+    """A function as reward, prompts without references, adaptive KL, penalties, clips, checkpoints, early stop."""
+    (home / "reward_zq.py").write_text("def short(prompts, responses, references):\n"
+                                       "    assert references == [None] * len(prompts)\n"
+                                       "    return [-float(len(r)) for r in responses]\n")
+    monkeypatch.chdir(home)
+    (home / "prompts.json").write_text(json.dumps([f"add {n} to xs" for n in range(30)]))
+    assert launch("train_ppo", "--data", "prompts.json", "--policy", "runs/sft", "--reward", "reward_zq:short", "--out",
+                  "runs/options", *TEXT, *PPO, "--steps", "4", "--missing-eos-penalty", "-1", "--kl-target", "6",
+                  "--kl-horizon", "100", "--kl-estimator", "k3", "--temperature", "0.7", "--top-k", "20", "--top-p",
+                  "0.9",
+                  "--dual-clip", "3", "--entropy-coef", "0.01", "--target-kl", "1e-9", "--ppo-epochs", "3",
+                  "--no-whiten-advantages",
+                  "--bootstrap-truncated", "--save-steps", "1", "--keep-checkpoints", "2", "--gamma", "0.9") == 0
+    folder = home / "runs" / "options"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    steps = [row for row in log(folder) if "objective/kl" in row]
+    assert all(row["policy/updates"] == 2 for row in steps), "target_kl ends the epochs after the first"
+    factors = [b["objective/kl_coef"] / a["objective/kl_coef"] for a, b in zip(steps, steps[1:])]
+    assert all(factor == pytest.approx(1 - 0.2 * 8 / 100) for factor in factors), "the error is clipped"
+    assert json.loads((folder / "results.json").read_text())["test"]["test"]["greedy"]["PPO"]["exact_match"] is None
+
+
+def test_patience_stops_early(home, monkeypatch):
+    """A constant reward never gets better: with patience 1 it stops at the evaluation after step 1."""
+    (home / "constant_zq.py").write_text("def one(prompts, responses, references):\n    return [1.0] * len(prompts)\n")
+    monkeypatch.chdir(home)
+    assert launch("train_ppo", "--data", "data.jsonl", "--policy", "runs/sft", "--reward", "constant_zq:one", "--out",
+                  "runs/patience", *TEXT, *PPO, "--steps", "5", "--patience", "1") == 0
+    results = json.loads((home / "runs" / "patience" / "results.json").read_text())
+    assert (results["best_step"], results["steps"]) == (0, 1)
+
+
+def test_ratings_and_an_encoder_with_its_own_tokenizer(home, tmp_path):
+    """A BERT reward model trained on ratings, without any SFT policy; some ratings, all kinds of values."""
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789+"
+    (tmp_path / "bert").mkdir()
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *("##" + c for c in characters)]
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    Encoder.from_config(EncoderConfig("bert", len(tokens), 16, 1, 2, 32, 60)).save_pretrained(tmp_path / "bert")
+    data = write_rows(tmp_path / "ratings.jsonl",
+                      [{"prompt": f"add {n} to xs", "response": f"xs + {n}", "rating": n % 5 + 1}
+                                                   for n in range(40)])
+    assert launch("train_reward", "--data", data, "--model", str(tmp_path / "bert"), "--out", str(tmp_path / "reward"),
+                  *TEXT, *REWARD) == 0
+    results = json.loads((tmp_path / "reward" / "results.json").read_text())
+    assert "eval/error" in results["validation"]
+    assert (tmp_path / "reward" / "final" / "vocab.txt").is_file()
+
+
+def preferences(path):
+    return write_rows(path, [{"prompt": f"add {n} to xs", "chosen": f"xs + {n}", "rejected": f"xs - {n}"}
+                             for n in range(40)])
+
+
+def test_preference_data_go_through_sft_and_dpo(tmp_path):
+    """Data with preferences of their own need no reward stage: SFT on the chosen responses, then DPO on the pairs."""
+    data = preferences(tmp_path / "pairs.jsonl")
+    assert launch("train_sft", "--data", data, "--out", str(tmp_path / "runs" / "sft"), *TEXT, *SFT) == 0
+    assert launch("train_dpo", "--data", data, "--out", str(tmp_path / "runs" / "dpo"), *TEXT, *DPO, "--loss-type",
+                  "ipo") == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dpo", "sft"]
+    rows = log(tmp_path / "runs" / "dpo")
+    first = next(row for row in rows if "loss" in row)
+    assert first["loss"] == pytest.approx(25, rel=1e-4), "h = 0: (1 / (2 * 0.1))^2"
+
+
+# ---------------------------------------------------------------------------------------------------- pipeline
+
+def test_a_missing_stage_is_made_with_the_same_data(home, tmp_path, monkeypatch, capsys):
+    """`ensure` runs the script as a user would, data options, seed and device handed on; its failure is ours."""
+    ran = []
+    monkeypatch.setattr(pipeline.subprocess, "run",
+                        lambda words, **_: ran.append(words) or SimpleNamespace(returncode=3))
+    config = settings(train_ppo, "--data", str(home / "data.jsonl"), "--seed", "7", *TEXT, "--out",
+                      str(tmp_path / "ppo"), "--template", "Q {prompt}\n", "--preset", "fast")
+    with pytest.raises(SystemExit) as exit:
+        pipeline.ensure("train_sft.py", tmp_path / "sft", config, model="gpt2")
+    assert exit.value.code == 3
+    words = ran[0][2:]
+    made = parse(train_sft.Config, train_sft.PRESETS, words)
+    assert (made.seed, made.data, made.template, made.max_query, made.device, made.model, made.out) == \
+        (7, str(home / "data.jsonl"), "Q {prompt}\n", 20, "cpu", "gpt2", str(tmp_path / "sft"))
+
+
+@pytest.mark.parametrize("change",
+                         [["--template", "Q {prompt}\n"], ["--split-seed", "5"], ["--data-format", "reference"]])
+def test_a_stage_of_other_data_is_refused(home, change, capsys):
+    """Other splits would let the reward stage learn from what is now a test row."""
+    out = home / "runs" / "ppo-other"
+    assert launch("train_ppo", "--data", str(home / "data.jsonl"), "--out", str(out), *TEXT, *PPO, *change) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and change[0][2:].replace("-", "_") in error and not out.exists()
+
+
+def test_other_shares_of_the_splits_are_refused_too(home, capsys):
+    """--test 0.3 makes test rows of rows that the stages were trained on."""
+    out = home / "runs" / "ppo-shares"
+    assert launch("train_ppo", "--data", str(home / "data.jsonl"), "--out", str(out), *TEXT, *PPO, "--test", "0.3") == 2
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- inside PPO
+
+EOS, QUERIES = 9, [[3], [5, 6, 2], [1, 2, 3, 4, 5, 6], [7, 7]]
+
+
+def settings(module, *words):
+    return parse(module.Config, module.PRESETS, list(words), exit_on_error=False)
+
+
+def rolled(temperature=0.7, seed=0):
+    """An actor with random value head, and a ragged rollout of 12 rows with advantages and returns."""
+    torch.manual_seed(seed)
+    models = [GPT2.from_config(GPT2Config(vocab_size=40, n_positions=32, n_embd=24, n_layer=2, n_head=3))
+              for _ in range(2)]
+    with torch.no_grad():
+        for parameter in (p for model in models for p in model.parameters()):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    actor = PolicyWithValue(models[0])
+    nn.init.normal_(actor.value_head.weight, std=0.1)
+    tokenizer = SimpleNamespace(pad_id=EOS, eos_id=EOS, decode=str)
+    batch = roll_out(actor, models[1], tokenizer, QUERIES * 3, 14, temperature,
+                     generator=torch.Generator().manual_seed(seed))
+    rewards = shape_rewards(torch.randn(12), batch.logprobs - batch.ref_logprobs, batch.response_mask, 0.1)
+    advantages, returns = gae(rewards, batch.values, batch.response_mask)
+    assert len(set(batch.lengths.tolist())) > 4, "the test wants ragged rows"
+    return actor, batch, whiten(advantages, batch.response_mask), returns
+
+
+def updated(actor, batch, advantages, returns, *words, optimizer=None):
+    config = settings(train_ppo, "--temperature", "0.7", "--batch-size", "12", *words)
+    optimizer = optimizer or adamw([actor], config.lr, eps=1e-5)
+    return train_ppo.update(actor, optimizer, batch, advantages, returns, config, torch.Generator().manual_seed(0), 1)
+
+
+@pytest.mark.parametrize("micro", ["12", "6", "1"])
+def test_the_first_minibatch_has_ratio_1(micro, monkeypatch):
+    """Nothing has been updated yet: ratio 1 within 1e-5 on every token, approx_kl 0, clipfrac 0, on ragged rows."""
+    actor, batch, advantages, returns = rolled()
+    seen, ratios = [], []
+    whole, policy_loss = train_ppo.minibatch_loss, train_ppo.ppo_policy_loss
+    monkeypatch.setattr(train_ppo, "minibatch_loss", lambda *args: seen.append(whole(*args)) or seen[-1])
+
+    def watch(new, old, advantages, mask, *args):
+        ratios.append(((new - old).exp() - 1)[mask].abs().max().item())
+        return policy_loss(new, old, advantages, mask, *args)
+    monkeypatch.setattr(train_ppo, "ppo_policy_loss", watch)
+    updated(actor, batch, advantages, returns, "--minibatch-size", "6", "--micro-batch-size", micro)
+    first = max(1, 6 // int(micro))  # the micro-batches of the first minibatch
+    assert max(ratios[:first]) < 1e-5
+    for _, stats in seen[:first]:
+        assert stats["policy/ratio"] == pytest.approx(1, abs=1e-5)
+        assert abs(stats["policy/approx_kl"]) < 1e-8 and stats["policy/clipfrac"] == 0
+    assert max(ratios[first:]) > 1e-3, "later minibatches should have moved"
+
+
+@pytest.mark.parametrize("words", [[], ["--entropy-coef", "0.1", "--dual-clip", "2"]],
+                         ids=["plain", "entropy, dual clip"])
+def test_ppo_micro_batches_change_nothing(words):
+    """2 epochs of 2 minibatches of 6 ragged rows in pieces of 6, 4, 1: equal weights to 1e-6 and equal statistics."""
+    actor, batch, advantages, returns = rolled()
+    results = []
+    for micro in ("6", "4", "1"):
+        copied = copy.deepcopy(actor)
+        stats = updated(copied, batch, advantages, returns, "--minibatch-size", "6", "--micro-batch-size", micro,
+                        *words)
+        results.append((copied.state_dict(), stats))
+    for state, stats in results[1:]:
+        assert gap(results[0][0], state) < 1e-6
+        assert stats == pytest.approx(results[0][1], abs=1e-5)
+    assert gap(results[0][0], actor.state_dict()) > 1e-4, "the update should do something"
+
+
+def test_one_update_by_hand():
+    """One epoch, one minibatch, plain SGD: a step of -lr times the clipped gradient of the loss written out here."""
+    actor, batch, advantages, returns = rolled()
+    twin, mask = copy.deepcopy(actor), batch.response_mask
+    stats = updated(actor, batch, advantages, returns, "--ppo-epochs", "1", "--minibatch-size", "12",
+                    "--micro-batch-size", "5",
+                    "--vf-coef", "0.3", "--entropy-coef", "0.05", "--max-grad-norm", "0.5",
+                    optimizer=torch.optim.SGD(actor.parameters(), lr=0.1))
+    new, entropy, values = score_tokens(twin, batch.query_response, batch.attention_mask, mask.shape[1], 0.7)
+    ratio = (new - batch.logprobs)[mask].exp()  # (N,) 1 everywhere, but not its gradient
+    loss = -(ratio * advantages[mask]).mean() + 0.3 * 0.5 * ((values[:, :-1] - returns)[mask] ** 2).mean() \
+        - 0.05 * entropy[mask].mean()
+    gradients = torch.autograd.grad(loss, list(twin.parameters()))
+    norm = torch.sqrt(sum((g ** 2).sum() for g in gradients))
+    assert stats["loss/total"] == pytest.approx(loss.item(), abs=1e-5)
+    assert stats["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    for before, after, gradient in zip(twin.parameters(), actor.parameters(), gradients):
+        assert torch.allclose(after, before - 0.1 * gradient * min(1, 0.5 / norm), atol=1e-6)
+
+
+def test_steps_2_to_4_by_hand(home, monkeypatch):
+    """What the loop makes of a rollout: penalty for a missing EOS, KL-shaped rewards, GAE with a bootstrapped end.
+
+    Row i has score i, or -3 where it was cut (odd rows), a KL of 0.1 (t + 1) at token t, values 0.5, and a last value of
+    2 that counts only where it was cut. kl_coef 0.5, gamma 0.9, lambda 0.8.
+    """
+    (home / "ranks_zq.py").write_text("def f(prompts, responses, references):\n"
+                                      "    return [float(i) for i in range(len(prompts))]\n")
+    monkeypatch.chdir(home)
+    seen, real = {}, train_ppo.roll_out
+
+    def craft(*args):
+        batch = real(*args)
+        B, R = batch.response_mask.shape
+        batch.response_mask = torch.arange(R) <= torch.arange(B)[:, None] % R
+        batch.ended = torch.arange(B) % 2 == 0
+        batch.ref_logprobs = batch.logprobs - 0.1 * torch.arange(1, R + 1)
+        batch.values, batch.last_values = torch.full((B, R), 0.5), torch.full((B,), 2.0)
+        return batch
+
+    def keep(actor, optimizer, batch, advantages, returns, *rest):
+        seen.update(mask=batch.response_mask, advantages=advantages, returns=returns)
+        return {"loss/total": 0.0}
+    monkeypatch.setattr(train_ppo, "roll_out", craft)
+    monkeypatch.setattr(train_ppo, "update", keep)
+    assert launch("train_ppo", "--data", "data.jsonl", "--policy", "runs/sft", "--reward", "ranks_zq:f", "--out",
+                  "runs/by-hand", *TEXT, *PPO, "--steps", "1", "--missing-eos-penalty", "-3", "--bootstrap-truncated",
+                  "--no-whiten-advantages", "--kl-coef", "0.5", "--gamma", "0.9", "--lam", "0.8") == 0
+    for i, (mask, advantages, returns) in enumerate(zip(*seen.values())):
+        cut, length = i % 2 == 1, int(mask.sum())
+        advantage, next_value = 0.0, 2.0 if cut else 0.0
+        for t in reversed(range(length)):
+            reward = -0.5 * 0.1 * (t + 1) + (t == length - 1) * (-3 if cut else i)
+            advantage = reward + 0.9 * next_value - 0.5 + 0.9 * 0.8 * advantage
+            next_value = 0.5
+            assert advantages[t].item() == pytest.approx(advantage, abs=1e-4)
+            assert returns[t].item() == pytest.approx(advantage + 0.5, abs=1e-4)
+    row, = [row for row in log(home / "runs" / "by-hand") if "objective/kl" in row]
+    assert row["objective/kl"] == pytest.approx(sum(0.05 * n * (n + 1) for n in range(1, 9)) / 8, abs=1e-3)
+    assert row["objective/score"] == pytest.approx((0 - 3 + 2 - 3 + 4 - 3 + 6 - 3) / 8)
+
+
+def test_each_row_is_used_once_an_epoch(monkeypatch):
+    actor, batch, advantages, returns = rolled()
+    seen, whole = [], train_ppo.minibatch_loss
+    monkeypatch.setattr(train_ppo, "minibatch_loss", lambda *args: seen.append(args[3]) or whole(*args))
+    stats = updated(actor, batch, advantages, returns, "--minibatch-size", "4", "--micro-batch-size", "3",
+                    "--ppo-epochs", "2")
+    assert stats["policy/updates"] == 6 and len(seen) == 12  # 2 epochs, 3 minibatches of 4, micro-batches of 3 and 1
+    for epoch in (seen[:6], seen[6:]):
+        assert sorted(torch.cat(epoch).tolist()) == sorted(returns.tolist())
+    assert not torch.equal(torch.cat(seen[:6]), torch.cat(seen[6:])), "the epochs should differ in order"
+
+
+def test_final_scores_by_hand():
+    """Scores 1 and 2, the second response cut. Replace by -1: (1, -1). Subtract 0.5: (1, 1.5). Without: as is."""
+    scores, ended = torch.tensor([1.0, 2.0]), torch.tensor([True, False])
+    assert train_ppo.final_scores(scores, ended, settings(train_ppo)).tolist() == [1, 2]
+    replace = settings(train_ppo, "--missing-eos-penalty", "-1")
+    assert train_ppo.final_scores(scores, ended, replace).tolist() == [1, -1]
+    subtract = settings(train_ppo, "--missing-eos-penalty", "0.5", "--missing-eos-mode", "subtract")
+    assert train_ppo.final_scores(scores, ended, subtract).tolist() == [1, 1.5]
+    assert scores.tolist() == [1, 2], "the argument stays as it is"
+
+
+def test_eos_in_the_last_slot_is_not_missing():
+    """A rollout whose greedy rows end exactly in the last slot: `ended`, so the penalty leaves their scores."""
+    actor, batch, *_ = rolled()
+    full = batch.response_mask.all(1)
+    last = batch.query_response[:, -1]
+    assert torch.equal(batch.ended, ~full | (last == EOS))
+    penalised = train_ppo.final_scores(torch.zeros(12), batch.ended, settings(train_ppo, "--missing-eos-penalty", "-1"))
+    assert torch.equal(penalised == 0, batch.ended)
+
+
+@pytest.mark.parametrize("count, batch_size", [(10, 4), (3, 8), (1, 2), (6, 6)])
+def test_prompt_batches(count, batch_size):
+    """Always whole batches, for ever; every pass over the rows is a permutation; the generator decides the order."""
+    def take(seed, batches):
+        stream = train_ppo.prompt_batches(count, batch_size, torch.Generator().manual_seed(seed))
+        return [next(stream) for _ in range(batches)]
+    batches = take(0, 2 * count)
+    assert all(len(batch) == batch_size for batch in batches)
+    rows = [row for batch in batches for row in batch]
+    for start in range(0, len(rows) - count + 1, count):
+        assert sorted(rows[start:start + count]) == list(range(count))
+    assert take(0, 2 * count) == batches and (count == 1 or take(1, 2 * count) != batches)
+
+
+def test_explained_variance_by_hand():
+    """Returns 1, 3: values 1, 3 explain all (1), a constant nothing (0), values 0, 4 err by 1 around a variance of 1
+    (0); the masked entry counts nowhere."""
+    returns, mask = torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]])
+    for values, expected in (([1.0, 3.0, -7.0], 1), ([5.0, 5.0, 0.0], 0), ([0.0, 4.0, 0.0], 0),
+                             ([1.0, 2.0, 0.0], 0.75)):
+        assert train_ppo.explained_variance(torch.tensor([values]), returns, mask) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------- inside DPO
+
+def dpo_model(folder):
+    torch.manual_seed(0)
+    model = GPT2.from_config(GPT2Config(vocab_size=40, n_positions=32, n_embd=24, n_layer=2, n_head=3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+RESPONSES = [[8, 9], [4], [11, 12, 13, 14, 9], [5, 5, 9]]
+
+
+@pytest.mark.parametrize("words, mean",
+                         [([], False), (["--loss-type", "ipo"], True), (["--loss-type", "ipo", "--ipo-sum"], False),
+                                         (["--loss-type", "hinge"], False)], ids=["sigmoid", "ipo", "ipo sum", "hinge"])
+def test_sequence_logps_equal_a_sum_through_transformers(tmp_path, words, mean):
+    """Row by row, unpadded: the log-probs of the response tokens, EOS included, the query left out; means for ipo."""
+    transformers = pytest.importorskip("transformers")
+    model = dpo_model(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    found = train_dpo.sequence_logps(model, SimpleNamespace(pad_id=9), QUERIES, RESPONSES, settings(train_dpo, *words))
+    for logp, query, response in zip(found, QUERIES, RESPONSES):
+        whole = torch.tensor([query + response])
+        logprobs = theirs(whole).logits[0, len(query) - 1:-1].log_softmax(-1)
+        expected = sum(logprobs[t, token].item() for t, token in enumerate(response))
+        assert logp.item() == pytest.approx(expected / len(response) if mean else expected, abs=1e-5)
+
+
+def test_pair_and_reference_logps(tmp_path):
+    """Chosen and rejected in one forward are each by themselves; the reference in pieces is the reference at once."""
+    model, tokenizer = dpo_model(tmp_path), SimpleNamespace(pad_id=9)
+    config = settings(train_dpo, "--micro-batch-size", "3")
+    pairs = list(zip(QUERIES, RESPONSES, RESPONSES[::-1]))
+    chosen, rejected = train_dpo.pair_logps(model, tokenizer, pairs, config)
+    assert torch.allclose(chosen, train_dpo.sequence_logps(model, tokenizer, QUERIES, RESPONSES, config), atol=1e-5)
+    assert torch.allclose(rejected, train_dpo.sequence_logps(model, tokenizer, QUERIES, RESPONSES[::-1], config),
+                          atol=1e-5)
+    reference = train_dpo.reference_logps(model, tokenizer, pairs, config)
+    assert reference.shape == (4, 2) and not reference.requires_grad and chosen.requires_grad
+    assert torch.allclose(reference, torch.stack([chosen, rejected], 1), atol=1e-5)
+    losses, stats = train_dpo.batch_loss(model, tokenizer, pairs, reference, config)
+    assert torch.allclose(losses, torch.full((4,), 0.693147), atol=1e-4)
+    assert stats["rewards/margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_validation_means_weigh_pairs_equally(tmp_path):
+    """4 pairs in pieces of 3 and 1 give the mean over 4, not the mean of two means."""
+    model, tokenizer = dpo_model(tmp_path), SimpleNamespace(pad_id=9)
+    pairs, reference = list(zip(QUERIES, RESPONSES, RESPONSES[::-1])), torch.arange(8.0).reshape(4, 2) ** 1.5
+    whole, pieces = (train_dpo.validate(model, tokenizer, pairs, reference,
+                                        settings(train_dpo, "--micro-batch-size", size))
+                     for size in ("4", "3"))
+    assert whole == pytest.approx(pieces, abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.fixture(scope="module")
+def bad(home):
+    """Faulty data beside the good: {name: path}."""
+    leaking = home / "leaking"
+    leaking.mkdir()
+    rows = [{"prompt": f"task {n}", "reference": f"x + {n}"} for n in range(20)]
+    write_rows(leaking / "train.jsonl", rows)
+    write_rows(leaking / "test.jsonl", [{"prompt": "TASK 3", "reference": "y"}])
+    (home / "bare.json").write_text(json.dumps([f"task {n}" for n in range(20)]))
+    return {"leaking": str(leaking), "columns": write_rows(home / "columns.jsonl", [{"question": "a", "answer": "b"}]),
+            "prompts": str(home / "bare.json"),
+            "few": write_rows(home / "few.jsonl", rows[:2]), "pairs": preferences(home / "pairs.jsonl"),
+            "data": str(home / "data.jsonl"), "sft": str(home / "runs" / "sft"),
+            "reward": str(home / "runs" / "reward"), "nowhere": str(home / "nowhere" / "model")}
+
+
+ALL = "train_sft train_reward train_ppo train_dpo"
+BAD = [  # scripts, words, what the line must name. {name} is a path of `bad`
+    (ALL, "--data {nowhere}", "nowhere"),
+    (ALL, "--data {columns}", "question"),
+    (ALL, "--data {few}", "prompts"),
+    (ALL, "--data {leaking}", "--allow-overlap"),
+    (ALL, "--data {data} --data-format conala", "columns"),
+    (ALL, "--data {data} --data-format conla", "conala"),
+    (ALL, "--data {data} --template query", "{prompt}"),
+    (ALL, "--data {data} --batchsize 3", "--batch-size"),
+    (ALL, "--data {data} --lr 0", "--lr"),
+    (ALL, "--data {data} --preset quick", "fast"),
+    (ALL, "--data {data} --gpu 0 --device cpu", "--device cpu"),
+    ("train_sft", "--data {data} --model {nowhere}", "nowhere"),
+    ("train_sft", "--data {data} --model {sft} --max-query 40", "28 positions"),
+    ("train_sft", "--data {data} --n-embd 15 --n-head 2", "n_head"),
+    ("train_sft", "--data {prompts}", "reference"),
+    ("train_reward", "--data {data} --model {nowhere} --policy {sft}", "nowhere"),
+    ("train_reward", "--data {data} --policy {nowhere}", "nowhere"),
+    ("train_reward", "--data {data}", "train_sft.py"),
+    ("train_reward", "--data {data} --model {sft}", "--policy"),
+    ("train_reward", "--data {prompts} --policy {sft}", "prompts"),
+    ("train_ppo", "--data {data} --policy {nowhere} --reward {reward}", "nowhere"),
+    ("train_dpo", "--data {pairs} --policy {nowhere}", "nowhere"),
+    ("train_ppo train_dpo", "--data {data} --policy {sft} --model gpt2", "--model"),
+    ("train_ppo", "--data {data} --policy {sft} --reward {reward} --max-query 40", "28 positions"),
+    ("train_ppo", "--data {data} --policy {reward} --reward {reward}", "reward"),
+    ("train_ppo", "--data {data} --policy {sft} --reward {sft}", "train_reward.py"),
+    ("train_ppo", "--data {data} --policy {sft} --reward {nowhere}", "nowhere"),
+    ("train_ppo", "--data {data} --policy {sft} --reward no_such_module_zq:f", "no_such_module_zq"),
+    ("train_ppo", "--data {data} --policy {sft} --reward json:no_such", "no_such"),
+    ("train_ppo", "--batch-size 8 --minibatch-size 16", "--minibatch-size 16"),
+    ("train_ppo", "--batch-size 8 --minibatch-size 3", "multiple"),
+    ("train_ppo", "--missing-eos-mode subtract", "--missing-eos-penalty"),
+    ("train_dpo", "--loss-type ipo --label-smoothing 0.1", "--label-smoothing"),
+    ("train_dpo", "--loss-type robust --label-smoothing 0.5", "0.5"),
+    ("train_dpo", "--ipo-sum", "--loss-type ipo"),
+]
+
+
+@pytest.mark.parametrize("script, words, named",
+                         [(script, words, named) for scripts, words, named in BAD for script in scripts.split()],
+                         ids=lambda value: value if "-" in value and " " in value else None)
+def test_bad_input_is_one_line(script, words, named, bad, tmp_path, capsys):
+    """Exit 2, one line on stderr that names the fault, and nothing written, neither the run folder nor a stage."""
+    out = tmp_path / "runs" / "new"
+    words = words.format(**bad).replace("{prompt}", "prompt").split() if "{" in words else words.split()
+    assert launch(script, "--out", str(out), *TEXT, *words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "error: " in error, error
+    assert named in error, error
+    assert list(tmp_path.iterdir()) == []
+
+
+@no_cuda
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_gpu_that_is_not_there_is_one_line(script, tmp_path, capsys):
+    assert launch(script, "--gpu", "0", "--out", str(tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--gpu 0" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["train_ppo", "train_dpo"])
+def test_a_bad_reward_is_refused_before_stages_are_made(script, bad, tmp_path, monkeypatch, capsys):
+    """Neither minutes of SFT nor its folder should come before the line that says that --reward is no reward."""
+    made = []
+    monkeypatch.setattr(pipeline, "ensure", lambda script, *args, **options: made.append(script))
+    data = preferences(tmp_path / "pairs.jsonl") if script == "train_dpo" else bad["data"]
+    assert launch(script, "--data", data, "--reward", bad["nowhere"], "--out", str(tmp_path / "run"), *TEXT) == 2
+    assert "nowhere" in capsys.readouterr().err and made == []
+
+
+@pytest.mark.parametrize("returns", ["[1.0]", "[1.0] * 100"], ids=["too few", "too many"])
+def test_a_reward_with_the_wrong_number_of_scores(home, bad, monkeypatch, capsys, returns):
+    """Found at the first evaluation, not averaged over the rows that happened to get a score."""
+    name = f"miscounting_zq{len(returns)}"
+    (home / f"{name}.py").write_text(f"def f(prompts, responses, references):\n    return {returns}\n")
+    monkeypatch.chdir(home)
+    out = home / "runs" / name
+    assert launch("train_ppo", "--data", bad["data"], "--policy", bad["sft"], "--reward", f"{name}:f", "--out",
+                  str(out),
+                  *TEXT, *PPO) == 2
+    assert "scores for 4 responses" in capsys.readouterr().err
+
+
+def test_a_reward_that_is_not_finite_stops_the_run(home, bad, monkeypatch, capsys):
+    """Exit 1, one line that names the step and the rows, before the policy learns from NaN."""
+    (home / "nan_zq.py").write_text("def f(prompts, responses, references):\n"
+                                    "    return [float('nan')] * len(prompts)\n")
+    monkeypatch.chdir(home)
+    assert launch("train_ppo", "--data", bad["data"], "--policy", bad["sft"], "--reward", "nan_zq:f", "--out",
+                  str(home / "runs" / "nan"), *TEXT, *PPO) == 1
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not (home / "runs" / "nan" / "results.json").exists()
