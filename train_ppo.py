@@ -33,6 +33,8 @@ class Config(DataOptions, RunOptions):
     reward: list[str] = option([], "reward: a reward-model folder, several as an ensemble, or module:function; empty: the reward "
                                "stage", group="Reward", metavar="FOLDER")
     combine: str = option("mean", "how several rewards become one", choices=("mean", "min", "mean-std"))
+    score_clip: float | None = option(3.0, "clip scores to plus or minus this, in standard deviations of the SFT policy's scores",
+                                      above=0)
     missing_eos_penalty: float | None = option(None, "for a response cut before EOS: the score it gets, or what is taken off")
     missing_eos_mode: str = option("replace", "whether this penalty replaces the score or is subtracted",
                                    choices=("replace", "subtract"))
@@ -123,7 +125,9 @@ def prompt_batches(count, batch_size, generator):
 
 
 def final_scores(scores, ended, config):
-    """Scores (B,) with the penalty for responses that were cut before EOS."""
+    """Scores (B,), clipped, then with the penalty for responses that were cut before EOS."""
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
     if config.missing_eos_penalty is None:
         return scores
     penalised = scores - config.missing_eos_penalty if config.missing_eos_mode == "subtract" else \

@@ -509,8 +509,8 @@ def test_one_update_by_hand():
 def test_steps_2_to_4_by_hand(home, monkeypatch):
     """What the loop makes of a rollout: penalty for a missing EOS, KL-shaped rewards, GAE with a bootstrapped end.
 
-    Row i has score i, or -3 where it was cut (odd rows), a KL of 0.1 (t + 1) at token t, values 0.5, and a last value of
-    2 that counts only where it was cut. kl_coef 0.5, gamma 0.9, lambda 0.8.
+    Row i has score i, clipped to 5, or -3 where it was cut (odd rows), a KL of 0.1 (t + 1) at token t, values 0.5, and
+    a last value of 2 that counts only where it was cut. kl_coef 0.5, gamma 0.9, lambda 0.8.
     """
     (home / "ranks_zq.py").write_text("def f(prompts, responses, references):\n"
                                       "    return [float(i) for i in range(len(prompts))]\n")
@@ -528,24 +528,26 @@ def test_steps_2_to_4_by_hand(home, monkeypatch):
 
     def keep(actor, optimizer, batch, advantages, returns, *rest):
         seen.update(mask=batch.response_mask, advantages=advantages, returns=returns)
+        optimizer.step()  # without gradients: the scheduler wants to see one
         return {"loss/total": 0.0}
     monkeypatch.setattr(train_ppo, "roll_out", craft)
     monkeypatch.setattr(train_ppo, "update", keep)
     assert launch("train_ppo", "--data", "data.jsonl", "--policy", "runs/sft", "--reward", "ranks_zq:f", "--out",
-                  "runs/by-hand", *TEXT, *PPO, "--steps", "1", "--missing-eos-penalty", "-3", "--bootstrap-truncated",
+                  "runs/by-hand", *TEXT, *PPO, "--steps", "1", "--missing-eos-penalty", "-3", "--score-clip", "5",
+                  "--bootstrap-truncated",
                   "--no-whiten-advantages", "--kl-coef", "0.5", "--gamma", "0.9", "--lam", "0.8") == 0
     for i, (mask, advantages, returns) in enumerate(zip(*seen.values())):
         cut, length = i % 2 == 1, int(mask.sum())
         advantage, next_value = 0.0, 2.0 if cut else 0.0
         for t in reversed(range(length)):
-            reward = -0.5 * 0.1 * (t + 1) + (t == length - 1) * (-3 if cut else i)
+            reward = -0.5 * 0.1 * (t + 1) + (t == length - 1) * (-3 if cut else min(i, 5))
             advantage = reward + 0.9 * next_value - 0.5 + 0.9 * 0.8 * advantage
             next_value = 0.5
             assert advantages[t].item() == pytest.approx(advantage, abs=1e-4)
             assert returns[t].item() == pytest.approx(advantage + 0.5, abs=1e-4)
     row, = [row for row in log(home / "runs" / "by-hand") if "objective/kl" in row]
     assert row["objective/kl"] == pytest.approx(sum(0.05 * n * (n + 1) for n in range(1, 9)) / 8, abs=1e-3)
-    assert row["objective/score"] == pytest.approx((0 - 3 + 2 - 3 + 4 - 3 + 6 - 3) / 8)
+    assert row["objective/score"] == pytest.approx((0 - 3 + 2 - 3 + 4 - 3 + 5 - 3) / 8)
 
 
 def test_each_row_is_used_once_an_epoch(monkeypatch):
@@ -569,6 +571,18 @@ def test_final_scores_by_hand():
     subtract = settings(train_ppo, "--missing-eos-penalty", "0.5", "--missing-eos-mode", "subtract")
     assert train_ppo.final_scores(scores, ended, subtract).tolist() == [1, 1.5]
     assert scores.tolist() == [1, 2], "the argument stays as it is"
+
+
+def test_scores_are_clipped_before_the_penalty():
+    """Scores -9 and 9 clipped to +-2; the second was cut: replaced by -5, which is not clipped, or 5 less than 2."""
+    scores, ended = torch.tensor([-9.0, 9.0]), torch.tensor([True, False])
+    clip = ["--score-clip", "2"]
+    assert train_ppo.final_scores(scores, ended, settings(train_ppo, *clip)).tolist() == [-2, 2]
+    replace = [*clip, "--missing-eos-penalty", "-5"]
+    assert train_ppo.final_scores(scores, ended, settings(train_ppo, *replace)).tolist() == [-2, -5]
+    subtract = [*clip, "--missing-eos-penalty", "5", "--missing-eos-mode", "subtract"]
+    assert train_ppo.final_scores(scores, ended, settings(train_ppo, *subtract)).tolist() == [-2, -3]
+    assert train_ppo.final_scores(scores, ended, settings(train_ppo, "--score-clip", "none")).tolist() == [-9, 9]
 
 
 def test_eos_in_the_last_slot_is_not_missing():
@@ -706,7 +720,7 @@ BAD = [  # scripts, words, what the line must name. {name} is a path of `bad`
     ("train_dpo", "--data {pairs} --policy {nowhere}", "nowhere"),
     ("train_ppo train_dpo", "--data {data} --policy {sft} --model gpt2", "--model"),
     ("train_ppo", "--data {data} --policy {sft} --reward {reward} --max-query 40", "28 positions"),
-    ("train_ppo", "--data {data} --policy {reward} --reward {reward}", "reward"),
+    ("train_reward", "--data {data} --policy {sft} --head classifier", "classifier"),
     ("train_ppo", "--data {data} --policy {sft} --reward {sft}", "train_reward.py"),
     ("train_ppo", "--data {data} --policy {sft} --reward {nowhere}", "nowhere"),
     ("train_ppo", "--data {data} --policy {sft} --reward no_such_module_zq:f", "no_such_module_zq"),
