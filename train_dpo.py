@@ -72,7 +72,7 @@ from tqdm import tqdm
 
 from nanorlhf import pipeline
 from nanorlhf.data import check_leakage, load_splits, read
-from nanorlhf.evaluation import add_rewards, answer, report, summary
+from nanorlhf.evaluation import add_rewards, answer, known, report, summary
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.logprobs import token_logprobs
 from nanorlhf.losses import dpo_loss
@@ -153,14 +153,17 @@ def train(config):
     splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
                          config.min_probability, config.skip_bad_rows)
     leakage = check_leakage(splits, config.allow_overlap)
+    reward = load_reward(config.reward, "mean", device) if config.reward else None  # a bad one is found before any training
+    if splits.train[0].chosen is None and splits.train[0].reference is None:
+        raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from")
     if not config.policy:
         pipeline.ensure("train_sft.py", sft, config, model=config.model)
-    train_pairs, held_out, reward_specs = splits.train, splits.validation, config.reward
+    train_pairs, held_out = splits.train, splits.validation
     if splits.train[0].chosen is None:
         pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy)
         train_pairs = read(reward_folder / "preferences.jsonl", "preference")
         held_out = read(reward_folder / "preferences_validation.jsonl", "preference")
-        reward_specs = config.reward or [str(reward_folder)]
+        reward = reward or load_reward([str(reward_folder)], "mean", device)
     seed_everything(config.seed)
     folder = config.policy or str(sft)
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -169,10 +172,9 @@ def train(config):
     if config.max_query + config.max_response > policy.config.n_positions:
         raise InputError(f"--max-query {config.max_query} + --max-response {config.max_response} exceed the "
                          f"{policy.config.n_positions} positions of {folder}: lower one of them")
-    reward = load_reward(reward_specs, "mean", device) if reward_specs else None
     train_pairs, held_out = encode(tokenizer, train_pairs, config), encode(tokenizer, held_out, config)
     print(f"data: {splits.source}; {len(train_pairs)} training and {len(held_out)} validation pairs\n"
-          f"policy and reference: {folder}; evaluated by: {', '.join(reward_specs) or 'validation pairs only'}")
+          f"policy and reference: {folder}; evaluated by: {'validation pairs only' if reward is None else ', '.join(config.reward) or reward_folder}")
 
     ref_logps = reference_logps(reference, tokenizer, train_pairs, config)  # (N, 2)
     held_out_ref_logps = reference_logps(reference, tokenizer, held_out, config)
@@ -192,7 +194,7 @@ def train(config):
         if reward is not None:
             rows = add_rewards(answer(policy, tokenizer, splits.validation[:config.eval_rows], config, config.temperature,
                                       reference, seed=config.seed), reward)
-            numbers |= {f"eval/{name.replace('ended', 'eos')}": value for name, value in summary(rows).items() if value is not None}
+            numbers |= known(summary(rows))
             run.samples(step, rows[:5])
         run.log(step, numbers)
         run.keep_best(step, numbers["eval/reward"] if reward is not None else -numbers["eval/loss"], save)

@@ -33,8 +33,7 @@ class Config(DataOptions, RunOptions):
     reward: list[str] = option([], "reward: a reward-model folder, several as an ensemble, or module:function; empty: the reward "
                                "stage", group="Reward", metavar="FOLDER")
     combine: str = option("mean", "how several rewards become one", choices=("mean", "min", "mean-std"))
-    score_clip: float | None = option(3.0, "clip scores to plus or minus this, in standard deviations of the SFT policy's scores",
-                                      above=0)
+    score_clip: float | None = option(None, "clip scores to plus or minus this", above=0)
     missing_eos_penalty: float | None = option(None, "for a response cut before EOS: the score it gets, or what is taken off")
     missing_eos_mode: str = option("replace", "whether this penalty replaces the score or is subtracted",
                                    choices=("replace", "subtract"))
@@ -100,7 +99,7 @@ from tqdm import tqdm
 from nanorlhf import pipeline
 from nanorlhf.advantages import AdaptiveKLController, FixedKLController, gae, shape_rewards
 from nanorlhf.data import check_leakage, load_splits
-from nanorlhf.evaluation import add_rewards, answer, report, summary
+from nanorlhf.evaluation import add_rewards, answer, in_words, known, report, summary
 from nanorlhf.gpt2 import GPT2, PolicyWithValue
 from nanorlhf.logprobs import kl_estimate
 from nanorlhf.losses import ppo_policy_loss, ppo_value_loss
@@ -183,10 +182,12 @@ def train(config):
     splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
                          config.min_probability, config.skip_bad_rows)
     leakage = check_leakage(splits, config.allow_overlap)
+    reward = load_reward(config.reward, config.combine, device) if config.reward else None  # a bad one is found before any training
     if not config.policy:
         pipeline.ensure("train_sft.py", sft, config, model=config.model)
     if not config.reward:
         pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy)
+        reward = load_reward([str(reward_folder)], config.combine, device)
     seed_everything(config.seed)
     folder = config.policy or str(sft)
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -196,7 +197,7 @@ def train(config):
         raise InputError(f"--max-query {config.max_query} + --max-response {config.max_response} exceed the "
                          f"{reference.config.n_positions} positions of {folder}: lower one of them")
     reference.requires_grad_(False)
-    reward = load_reward(config.reward or [str(reward_folder)], config.combine, device)
+    call_reward(reward, [splits.train[0].prompt], [""], [splits.train[0].reference])  # one that cannot score fails here, not at step 1
     queries, cut = encode_queries(tokenizer, [row.prompt for row in splits.train], config.template, config.max_query)
     print(f"data: {splits.source}; {len(queries)} training prompts" + (f", {cut} cut to {config.max_query} tokens" if cut else "")
           + f"\npolicy and reference: {folder}; reward: {', '.join(config.reward) or reward_folder}")
@@ -217,11 +218,10 @@ def train(config):
         rows = add_rewards(answer(actor.policy, tokenizer, splits.validation[:config.eval_rows], config, config.temperature,
                                   reference, seed=config.seed), reward)
         numbers = summary(rows)
-        run.log(step, {f"eval/{name.replace('ended', 'eos')}": value for name, value in numbers.items() if value is not None})
+        run.log(step, known(numbers))
         run.samples(step, rows[:5])
         run.keep_best(step, numbers["reward"], save)
-        tqdm.write(f"step {step}: validation reward {numbers['reward']:.3f}, KL {numbers['kl']:.2f}"
-                   + ("" if numbers["exact_match"] is None else f", exact match {numbers['exact_match']:.3f}"))
+        tqdm.write(f"step {step}: validation {in_words(numbers)}")
 
     evaluate(0)
     bar = tqdm(prompt_batches(len(queries), config.batch_size, shuffler), total=config.steps, desc="PPO", unit="step")

@@ -24,20 +24,18 @@ class Config(DataOptions, RunOptions):
                         metavar="FOLDER_OR_NAME")
     policy: str = option("", "SFT policy whose samples become pairs and set gain and bias; empty: the folder sft beside --out",
                          metavar="FOLDER")
-    head: str = option("auto", "linear: one layer on a GPT-2's last token; likelihood: a GPT-2's log-likelihood of the response; "
-                       "classifier: an encoder's; auto: likelihood or classifier", choices=("auto", "linear", "likelihood", "classifier"))
     samples: int = option(2, "answers sampled from the policy for each prompt, to make pairs", group="Preferences", at_least=1)
     temperature: float = option(1.0, "temperature of these samples", above=0)
-    pair_rows: int = option(2000, "training prompts to make pairs of; 0: all", at_least=0)
+    pair_rows: int = option(3000, "training prompts to make pairs of; 0: all", at_least=0)
     mutations: int = option(1, "mutated references a prompt", at_least=0)
-    epochs: int = option(1, "passes over the pairs", group="Optimiser", at_least=1)
-    batch_size: int = option(32, "pairs (or ratings) of an optimiser step", at_least=1)
+    epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
+    batch_size: int = option(16, "pairs (or ratings) of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "pairs (or ratings) of a forward pass", at_least=1)
-    lr: float = option(3e-4, "peak learning rate of AdamW", above=0)
+    lr: float = option(1e-3, "peak learning rate of AdamW", above=0)
     warmup: float = option(0.05, "share of the steps over which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
-    center_coef: float = option(0.0, "c: pull of the scores of a pair to mean 0", at_least=0)
+    center_coef: float = option(0.01, "c: pull of the scores of a pair to mean 0", at_least=0)
     patience: int = option(1, "stop after so many epochs without a better validation", group="Evaluation", at_least=1)
 
 
@@ -156,7 +154,7 @@ def train(config):
     if not config.model and policy is None:
         raise InputError(f"--model is empty and there is no {Path(config.out).parent / 'sft'} to start from: run train_sft.py first, "
                          "or name a backbone with --model")
-    model = RewardModel.from_pretrained(config.model or config.policy or Path(config.out).parent / "sft", new_head=config.head,
+    model = RewardModel.from_pretrained(config.model or config.policy or Path(config.out).parent / "sft", new_head=True,
                                         template=config.template).to(device)
     train_rows, held_out = examples(splits, policy, tokenizer, config)
     print(f"data: {splits.source}; {len(train_rows)} training and {len(held_out)} validation "

@@ -24,6 +24,8 @@ class Config(DataOptions, RunOptions):
     n_embd: int = option(128, "width (random weights)", at_least=1)
     vocab_size: int = option(800, "entries of the tokenizer that is trained (random weights)", at_least=258)
     dropout: float = option(0.0, "dropout while training (random weights)", at_least=0, below=1)
+    label_smoothing: float = option(0.1, "probability mass that the targets spread over the whole vocabulary: keeps the policy exploring",
+                                    at_least=0, below=1)
     epochs: int = option(4, "passes over the training rows", group="Optimiser", at_least=1)
     batch_size: int = option(16, "rows of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "rows of a forward pass: fewer need less memory and change nothing else", at_least=1)
@@ -51,7 +53,7 @@ from tqdm import tqdm
 
 from nanorlhf.data import check_leakage, load_splits
 from nanorlhf.errors import InputError
-from nanorlhf.evaluation import answer, summary
+from nanorlhf.evaluation import answer, in_words, known, summary
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.losses import sft_loss
 from nanorlhf.plots import plot_sft
@@ -89,13 +91,17 @@ def encode(tokenizer, records, config):
     return queries, responses
 
 
-def batch_loss(model, tokenizer, queries, responses, rows, precision):
+def batch_loss(model, tokenizer, queries, responses, rows, precision, smoothing=0.0):
     """(mean loss, stats) of some rows."""
     ids, attention_mask, response_mask = (
         x.to(model.device) for x in join([queries[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_id))
     with autocast(model.device, precision):
         logits, targets = predict(model, ids, attention_mask, response_mask)  # (N, V), (N,)
-    return sft_loss(logits, targets)
+    loss, stats = sft_loss(logits, targets)
+    if smoothing:
+        uniform = -torch.log_softmax(logits.float(), -1).mean()  # cross-entropy against the uniform distribution
+        loss = (1 - smoothing) * loss + smoothing * uniform
+    return loss, stats
 
 
 @torch.no_grad()
@@ -145,7 +151,7 @@ def train(config):
             tokens, loss_sum = sum(len(responses[i]) for i in batch), 0.0  # the step's denominator
             for start in range(0, len(batch), config.micro_batch_size):
                 rows = batch[start:start + config.micro_batch_size]
-                loss, stats = batch_loss(model, tokenizer, queries, responses, rows, config.precision)
+                loss, stats = batch_loss(model, tokenizer, queries, responses, rows, config.precision, config.label_smoothing)
                 loss = loss * (stats["tokens"] / tokens)
                 loss.backward()
                 loss_sum += loss.item()
@@ -161,11 +167,9 @@ def train(config):
         loss = validation_loss(model, tokenizer, *held_out, config)
         answers = answer(model, tokenizer, splits.validation[:config.eval_rows], config, temperature=0)
         numbers = summary(answers)
-        run.log(step, {"epoch": epoch, "eval/loss": loss, "eval/exact_match": numbers["exact_match"],
-                       "eval/conala_bleu": numbers["conala_bleu"], "eval/eos": numbers["ended"]})
+        run.log(step, {"epoch": epoch, "eval/loss": loss, **known(numbers)})
         run.samples(step, answers[:5])
-        tqdm.write(f"epoch {epoch}: validation loss {loss:.3f}, greedy exact match {numbers['exact_match']:.3f}, "
-                   f"CoNaLa BLEU {numbers['conala_bleu']:.1f}")
+        tqdm.write(f"epoch {epoch}: validation loss {loss:.3f}, greedy: {in_words(numbers)}")
         run.keep_best(step, -loss, save)
         if run.misses >= config.patience:
             tqdm.write(f"no lower validation loss for {run.misses} epochs: stopping")
@@ -177,8 +181,7 @@ def train(config):
     run.finish(save, test=numbers, validation_loss=-run.best_score, best_step=run.best_step, steps=step, leakage=leakage,
                parameters=model.num_parameters())
     plot_sft(run.folder)
-    print(f"{run.folder}/final is step {run.best_step}: test exact match {numbers['exact_match']:.3f}, CoNaLa BLEU "
-          f"{numbers['conala_bleu']:.1f} (greedy); {run.seconds():.0f} s")
+    print(f"{run.folder}/final is step {run.best_step}; test, greedy: {in_words(numbers)}; {run.seconds():.0f} s")
 
 
 if __name__ == "__main__":

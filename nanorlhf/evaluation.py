@@ -10,6 +10,7 @@ import torch
 
 from nanorlhf import metrics
 from nanorlhf.metrics.bootstrap import bootstrap_interval, paired_bootstrap
+from nanorlhf.reward import call_reward
 from nanorlhf.rollout import decode, generate, score_tokens
 from nanorlhf.sequences import encode_queries
 from nanorlhf.tokenizer import pad
@@ -53,8 +54,8 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
 
 def add_rewards(rows, reward):
     """Add each row's learned reward in place. `reward` is any callable (prompts, responses, references) -> (B,)."""
-    scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows], [row["reference"] for row in rows])
-    for row, score in zip(rows, torch.as_tensor(scores).tolist()):
+    scores = call_reward(reward, *([row[name] for row in rows] for name in ("prompt", "response", "reference")))
+    for row, score in zip(rows, scores.tolist()):
         row["reward"] = score
     return rows
 
@@ -72,6 +73,16 @@ def summary(rows):
     numbers["conala_bleu"] = metrics.conala_bleu([row["response"] for row in known],
                                                  [row["reference"] for row in known]) if known else None
     return numbers
+
+
+def known(numbers):
+    """The numbers that are known, as metrics of the log: eval/..."""
+    return {f"eval/{name.replace('ended', 'eos')}": value for name, value in numbers.items() if value is not None}
+
+
+def in_words(numbers, names=("reward", "exact_match", "conala_bleu", "kl", "length")):
+    """Some of the known numbers on one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {numbers[name]:.3f}" for name in names if numbers.get(name) is not None)
 
 
 def compare(before, after, name, seed=0):

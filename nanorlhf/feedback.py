@@ -27,19 +27,19 @@ def preference_pairs(records, samples, rng, mutations=1, most=2):
     """
     names = sorted({name for record in records for name in _names(record.reference)})
     pairs = []
-    for record, responses in zip(records, samples):
+    for n, (record, responses) in enumerate(zip(records, samples)):
         wrong = [r for r in dict.fromkeys(responses) if not exact_match(r, record.reference)]
-        mutated = {mutate(record.reference, names, rng) for _ in range(mutations)} - {None}
+        mutated = {mutate(record.reference, names, rng) for _ in range(mutations)} - {None, *wrong}
         rejected = [(r, "policy") for r in wrong[:most]] + [(r, "mutation") for r in sorted(mutated)]
         pairs += [{"prompt": record.prompt, "chosen": record.reference, "rejected": response, "source": source,
-                   "id": f"{record.id}-{i}"} for i, (response, source) in enumerate(rejected)]
+                   "id": f"{n if record.id is None else record.id}-{i}"} for i, (response, source) in enumerate(rejected)]
     return pairs
 
 
 def mutate(code, names, rng, tries=8):
     """The code with one small error in it, or None where no edit was found.
 
-    One node of the syntax tree changes: a name or method becomes another one, a number moves, a string becomes another, an
+    One node of the syntax tree changes: a name becomes another one, a number moves, a string becomes another, an
     operator its neighbour, two arguments trade places, a keyword argument goes. The result parses and is not equal to
     the code.
     """

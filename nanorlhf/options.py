@@ -34,7 +34,7 @@ class DataOptions:
     allow_overlap: bool = option(False, "train although training and held-out rows overlap")
     template: str = option("{prompt}\n", "how a prompt becomes the query that the policy continues", group="Text")
     max_query: int = option(64, "longest query in tokens; a longer one loses its beginning, and is counted", at_least=1)
-    max_response: int = option(48, "longest response in tokens, EOS included", at_least=1)
+    max_response: int = option(32, "longest response in tokens, EOS included", at_least=1)
 
     def check(self):
         if "{prompt}" not in self.template:

@@ -33,7 +33,8 @@ def ensure(script, folder, config, **options):
     """
     folder, options = Path(folder), {name: str(value) for name, value in options.items() if value}
     if (folder / "results.json").is_file():
-        shared = {name: getattr(config, name) for name in ("data", "data_format", "split_seed", "min_probability", "template")}
+        shared = {name: getattr(config, name) for name in
+                  ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template")}
         check_same(folder, shared | options)
         print(f"{folder}: finished already, reused (seed {read_config(folder).get('seed', 0)})")
         return

@@ -18,7 +18,6 @@ from nanorlhf.data import format_query
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.logprobs import token_logprobs
 from nanorlhf.sequences import join
 from nanorlhf.tokenizer import Tokenizer
 
@@ -38,33 +37,13 @@ class LastToken(nn.Module):
         return self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])  # (B, 1)
 
 
-class Likelihood(nn.Module):
-    """scale * sum over response tokens of log p(token | query, tokens before): a language model that is its own critic.
-
-    Trained by Bradley-Terry this is the implicit reward of Rafailov et al. 2023, section 5 ("Your Language Model Is Secretly a
-    Reward Model"), with a uniform reference. It starts from what the SFT model knows of right answers, where a new linear head
-    starts from nothing: with few pairs and a small model it learns far more (docs/RESULTS.md has the comparison).
-    """
-
-    def __init__(self, scale=0.3):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, model, hidden, ids, attention_mask, response_mask):
-        predicted = response_mask[:, 1:].bool()  # (B, T - 1)
-        logprobs, _ = token_logprobs(model.logits(hidden[:, :-1][predicted]), ids[:, 1:][predicted])  # (N,)
-        rows = torch.nonzero(predicted)[:, 0]  # (N,)
-        return self.scale * torch.zeros(len(ids), device=ids.device).index_add(0, rows, logprobs)  # (B,)
-
-
 class RewardModel(nn.Module):
     """score = gain * head(backbone(prompt, response)) + bias: one number a response.
 
-    A GPT-2 backbone reads query, response and EOS; its head is one linear layer on the last token ("linear"), or the
-    log-likelihood of the response ("likelihood"). An encoder reads prompt and response as a pair, and its head is that of its
-    family's sequence classifier ("classifier"). Folders are transformers': GPT2-, Roberta- or BertForSequenceClassification
-    with one label, whose logit is the raw score, or GPT2LMHeadModel for the likelihood; gain, bias, template and the kind of
-    head stand in reward_model.json beside it.
+    A GPT-2 backbone reads query, response and EOS, and its head is one linear layer on the last token. An encoder reads prompt
+    and response as a pair, and its head is that of its family's sequence classifier. Folders are transformers' (GPT2-,
+    Roberta- or BertForSequenceClassification with one label, whose logit is the raw score), with gain, bias and template in
+    reward_model.json beside it.
 
     gain and bias are set after training, so that the scores of the SFT policy's samples have mean 0 and variance 1
     (`normalise`): a KL coefficient then means the same for every reward model.
@@ -82,7 +61,7 @@ class RewardModel(nn.Module):
         return next(self.parameters()).device
 
     def encode(self, prompts, responses):
-        """Padded model inputs (ids, attention_mask, response_mask), each (B, T) int64; an encoder's segments mark the response.
+        """Padded model inputs (ids, attention_mask, segments), each (B, T) int64; segments are 1 on the response (for BERT).
 
         Too long: the prompt loses its beginning first.
         """
@@ -93,13 +72,10 @@ class RewardModel(nn.Module):
         queries = [query[-(self.max_length - len(answer)):] for query, answer in zip(queries, answers)]
         return join(queries, answers, self.tokenizer.pad_id)
 
-    def forward(self, ids, attention_mask, response_mask):
+    def forward(self, ids, attention_mask, segments):
         """Raw scores (B,), float32, before gain and bias; gradient flows."""
-        if not isinstance(self.backbone, GPT2):
-            return self.head(self.backbone(ids, attention_mask, response_mask), attention_mask).squeeze(1).float()
-        hidden = self.backbone.hidden(ids, attention_mask)  # (B, T, C)
-        if isinstance(self.head, Likelihood):
-            return self.head(self.backbone, hidden, ids, attention_mask, response_mask)
+        hidden = (self.backbone.hidden(ids, attention_mask) if isinstance(self.backbone, GPT2) else
+                  self.backbone(ids, attention_mask, segments))  # (B, T, C)
         return self.head(hidden, attention_mask).squeeze(1).float()
 
     @torch.no_grad()
@@ -132,22 +108,21 @@ class RewardModel(nn.Module):
         self.bias = -raw.mean().item() * self.gain
 
     @classmethod
-    def from_pretrained(cls, folder_or_name, new_head=None, template=None, max_length=None):
+    def from_pretrained(cls, folder_or_name, new_head=False, template=None, max_length=None):
         """A reward model from a folder; with `new_head`, a fresh head on the folder's language model or encoder.
 
-        new_head: "linear" or "likelihood" (GPT-2), "classifier" (encoder), or "auto": likelihood for a GPT-2, classifier for
-        an encoder. Without it a folder that holds no head is an InputError: it is not a reward model.
+        Without `new_head` a folder that holds no head is an InputError: it is not a reward model.
         """
         folder = hf.resolve(folder_or_name)
         settings = hf.read_config(folder)
         hf.check_model_type(settings, ("gpt2", "roberta", "bert"), folder)
         stored = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
         build = _build_gpt2 if settings["model_type"] == "gpt2" else _build_encoder
-        backbone, head = build(folder, settings, new_head, stored)
+        backbone, head = build(folder, settings, new_head)
         model = cls(backbone, head, Tokenizer.from_pretrained(folder), template or stored.get("template", "{prompt}\n"),
                     max_length or stored.get("max_length"))
         model.tokenizer.check_fits(backbone.config.vocab_size, folder)
-        if new_head is None:
+        if not new_head:
             model.gain, model.bias = stored.get("gain", 1.0), stored.get("bias", 0.0)
         return model.eval()
 
@@ -156,40 +131,31 @@ class RewardModel(nn.Module):
         config, tensors = self._to_state()
         hf.write(folder, tensors, config)
         self.tokenizer.save_pretrained(folder)
-        settings = {"head": HEAD_NAMES[type(self.head)], "gain": self.gain, "bias": self.bias, "template": self.template,
-                    "max_length": self.max_length}
-        if isinstance(self.head, Likelihood):
-            settings["scale"] = self.head.scale.item()
+        settings = {"gain": self.gain, "bias": self.bias, "template": self.template, "max_length": self.max_length}
         (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
     def _to_state(self):
         """(config.json's dict, tensors under transformers' names)."""
-        if isinstance(self.head, Likelihood):
-            return self.backbone.config.to_dict(), self.backbone.to_state()
         one_label = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
         if not isinstance(self.backbone, GPT2):
             config = self.backbone.config.to_dict("ForSequenceClassification")
             return config | one_label, encoders.classifier_state(self.backbone, self.head)
         # transformers looks for the last token that is not padding: with pad == eos it would stop before our EOS
         pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id != self.tokenizer.eos_id else None
-        config = {**self.backbone.config.to_dict(), "architectures": ["GPT2ForSequenceClassification"], "pad_token_id": pad_id}
+        config = {**self.backbone.config.to_dict(), "architectures": ["GPT2ForSequenceClassification"],
+                  "pad_token_id": pad_id, "tie_word_embeddings": True}  # there is no head to untie
         tensors = {name: tensor for name, tensor in self.backbone.to_state().items() if not name.startswith("lm_head.")}
         return config | one_label, tensors | self.head.state_dict()
 
 
-HEAD_NAMES = {LastToken: "linear", Likelihood: "likelihood", encoders.RobertaHead: "classifier",
-              encoders.BertPoolerHead: "classifier"}
-
-
-def _build_gpt2(folder, settings, new_head, stored):
-    """(GPT2, LastToken or Likelihood) from a folder."""
-    if new_head == "classifier":
-        raise InputError(f"{folder} is a GPT-2: its heads are linear and likelihood; classifier is an encoder's")
-    backbone, rest = GPT2.from_state(GPT2Config.from_dict(settings), hf.read_weights(folder), folder)
-    if new_head in ("likelihood", "auto") or (new_head is None and stored.get("head") == "likelihood"):
-        return backbone, Likelihood(stored["scale"]) if new_head is None else Likelihood()
+def _build_gpt2(folder, settings, new_head):
+    """(GPT2, LastToken) from a folder."""
+    tensors = hf.read_weights(folder)
+    if "lm_head.weight" not in tensors:  # a classifier: nothing to untie, whatever its config says
+        settings = {**settings, "tie_word_embeddings": True}
+    backbone, rest = GPT2.from_state(GPT2Config.from_dict(settings), tensors, folder)
     head = LastToken(backbone.config.n_embd)
-    if new_head is None:
+    if not new_head:
         if "score.weight" not in rest:
             raise InputError(f"{folder} has no classification head (no tensor score.weight): it is a language model, not a reward "
                              f"model; train one with: python train_reward.py --model {folder}")
@@ -197,10 +163,8 @@ def _build_gpt2(folder, settings, new_head, stored):
     return backbone, head
 
 
-def _build_encoder(folder, settings, new_head, stored):
+def _build_encoder(folder, settings, new_head):
     """(Encoder, the head of its family's sequence classifier) from a folder."""
-    if new_head in ("linear", "likelihood"):
-        raise InputError(f"{folder} is an encoder: its head is classifier; linear and likelihood are a GPT-2's")
     backbone, rest = Encoder.from_state(EncoderConfig.from_dict(settings), hf.read_weights(folder), folder)
     head = encoders.new_head(backbone.config) if new_head else encoders.read_head(backbone.config, rest, folder)
     if sum(p.shape[0] for name, p in head.named_parameters() if name.endswith(("classifier.bias", "out_proj.bias"))) != 1:
@@ -261,6 +225,8 @@ def _is_function(spec):
 def _function(spec):
     """module:function -> the function; the module is looked for in the working directory too."""
     module_name, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise InputError(f"--reward {spec}: neither a folder nor module:function, such as my_rewards:length")
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)

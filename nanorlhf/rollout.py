@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorlhf.gpt2 import KVCache
 from nanorlhf.logprobs import log_softmax, token_logprobs
 from nanorlhf.tokenizer import pad
 
@@ -37,12 +36,14 @@ def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=
         bool, True on sampled tokens, EOS included; logprobs (B, R') float32 of the sampled tokens under the whole
         distribution at the temperature (1 if greedy), 0 where the mask is False.
     """
-    if not bool((query_mask[:, -1] != 0).all()):
+    if not queries.shape[1] or not bool((query_mask[:, -1] != 0).all()):
         raise ValueError("queries must be padded on the left and not empty: the last column of query_mask has zeros")
+    batch, query_length = queries.shape
+    if query_length + max_new_tokens > model.config.n_positions:
+        raise ValueError(f"{query_length} query tokens + {max_new_tokens} new ones exceed the model's {model.config.n_positions} positions")
     was_training = model.training
     model.eval()
-    batch, query_length = queries.shape
-    cache = KVCache(model.config, batch, query_length + max_new_tokens, device=queries.device)
+    cache = model.new_cache(batch, query_length + max_new_tokens)
     mask = torch.cat([query_mask != 0, query_mask.new_ones(batch, max_new_tokens, dtype=torch.bool)], 1)  # (B, Q + R)
     going = torch.ones(batch, dtype=torch.bool, device=queries.device)  # (B,) rows that have not met EOS
     inputs, columns = queries, []

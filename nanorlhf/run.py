@@ -102,6 +102,8 @@ def check_free(out, overwrite=False):
         if not overwrite:
             raise InputError(f"--out {out}: holds a run already; pass --overwrite to replace it, or another --out")
     parent = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    if not parent.is_dir():
+        raise InputError(f"--out {out}: {parent} is a file, not a folder; name another")
     if not os.access(parent, os.W_OK):
         raise InputError(f"--out {out}: {parent} cannot be written to; name another folder")
 
@@ -152,6 +154,8 @@ class Run:
 
     def keep_best(self, step, score, write):
         """Write best/ if the validation score is the best so far; count the evaluations since otherwise."""
+        if not np.isfinite(score):
+            raise RunFailed(f"step {step}: the validation score is {score}; look at the reward and at the last lines of metrics.jsonl")
         if score > self.best_score:
             self.best_score, self.best_step, self.misses = score, step, 0
             self.save("best", write)
