@@ -56,6 +56,7 @@ class Config(DataOptions, RunOptions):
 
 PRESETS = {
     "fast": {},
+    "conala": {"data": "conala", "max_response": 64},
     "research": {"lr": 1e-6, "epochs": 1, "batch_size": 64, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
                  "temperature": 0.7},
     "production": {"lr": 5e-7, "epochs": 1, "batch_size": 128, "micro_batch_size": 8, "max_query": 128, "max_response": 128,

@@ -37,14 +37,14 @@ class Config(DataOptions, RunOptions):
     missing_eos_penalty: float | None = option(None, "for a response cut before EOS: the score it gets, or what is taken off")
     missing_eos_mode: str = option("replace", "whether this penalty replaces the score or is subtracted",
                                    choices=("replace", "subtract"))
-    kl_coef: float = option(0.05, "coefficient of the KL penalty in the reward", group="KL", at_least=0)
+    kl_coef: float = option(0.2, "coefficient of the KL penalty in the reward", group="KL", at_least=0)
     kl_estimator: str = option("k1", "per-token estimate in the reward", choices=("k1", "k2", "k3", "abs"))
     kl_target: float | None = option(None, "steer kl_coef towards this KL of a response, in nats; none: kl_coef stays", above=0)
     kl_horizon: float = option(10000, "responses over which the steering takes effect", above=0)
     temperature: float = option(1.0, "sampling temperature; log-probs are taken at it too", group="Sampling", above=0)
     top_k: int = option(0, "sample among the k likeliest tokens; 0: all. The policy scored is then not the one sampled", at_least=0)
     top_p: float = option(1.0, "sample among the likeliest tokens of this probability; 1: all. As for top_k", above=0, at_most=1)
-    steps: int = option(60, "PPO steps, each a batch of new responses", group="Optimiser", at_least=1)
+    steps: int = option(30, "PPO steps, each a batch of new responses", group="Optimiser", at_least=1)
     batch_size: int = option(256, "responses of a step", at_least=1)
     minibatch_size: int = option(128, "responses of an optimiser step", at_least=1)
     micro_batch_size: int = option(128, "responses of a forward pass; fewer need less memory and change nothing else", at_least=1)
@@ -79,6 +79,7 @@ class Config(DataOptions, RunOptions):
 
 PRESETS = {
     "fast": {},
+    "conala": {"data": "conala", "max_response": 64, "missing_eos_penalty": -1.0},
     "research": {"steps": 500, "batch_size": 128, "minibatch_size": 32, "micro_batch_size": 16, "ppo_epochs": 4, "lr": 1e-5,
                  "kl_coef": 0.15, "kl_target": 6.0, "temperature": 0.7, "max_query": 128, "max_response": 128,
                  "missing_eos_penalty": -1.0, "save_steps": 100},

@@ -26,7 +26,7 @@ class Config(DataOptions, RunOptions):
                          metavar="FOLDER")
     samples: int = option(2, "answers sampled from the policy for each prompt, to make pairs", group="Preferences", at_least=1)
     temperature: float = option(1.0, "temperature of these samples", above=0)
-    pair_rows: int = option(3000, "training prompts to make pairs of; 0: all", at_least=0)
+    pair_rows: int = option(2000, "training prompts to make pairs of; 0: all", at_least=0)
     mutations: int = option(1, "mutated references a prompt", at_least=0)
     epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
     batch_size: int = option(16, "pairs (or ratings) of an optimiser step", at_least=1)
@@ -41,6 +41,7 @@ class Config(DataOptions, RunOptions):
 
 PRESETS = {
     "fast": {},
+    "conala": {"data": "conala", "max_response": 64, "pair_rows": 0, "mutations": 2},
     "research": {"model": "microsoft/codebert-base", "lr": 2e-5, "epochs": 3, "micro_batch_size": 16, "max_query": 128,
                  "max_response": 128, "pair_rows": 0},
     "production": {"model": "microsoft/codebert-base", "lr": 1e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 32,
@@ -101,6 +102,8 @@ def examples(splits, policy, tokenizer, config):
     if policy is None:
         raise InputError(f"--data {config.data} has references but no preferences: pairs are made from an SFT policy's samples, "
                          f"and there is no {Path(config.out).parent / 'sft'}; run train_sft.py first, or name one with --policy")
+    print(f"sampling {config.samples} answers to each of {min(config.pair_rows or len(splits.train), len(splits.train))} training and "
+          f"{len(splits.validation)} validation prompts, to make pairs")
     some = random.Random(config.seed).sample(splits.train, min(config.pair_rows or len(splits.train), len(splits.train)))
     return [make_pairs(policy, tokenizer, rows, config, config.seed * 1000 + i) for i, rows in enumerate((some, splits.validation))]
 

@@ -17,7 +17,7 @@ from nanorlhf.tokenizer import pad
 
 
 @torch.no_grad()
-def answer(model, tokenizer, records, config, temperature, reference=None, seed=0, batch_size=128):
+def answer(model, tokenizer, records, config, temperature, reference=None, seed=0, batch_size=256):
     """Answer each record's prompt once.
 
     Args:
