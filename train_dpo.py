@@ -46,6 +46,8 @@ class Config(DataOptions, RunOptions):
         super().check()
         if self.model and self.policy:
             raise InputError("--model is for the SFT stage, which --policy leaves out: give one of them")
+        if self.out.rstrip("/").rpartition("/")[2] in ("sft", "reward"):
+            raise InputError(f"--out {self.out}: that is the name of a stage's folder; name another, such as runs/dpo")
         if self.label_smoothing and self.loss_type in ("ipo", "hinge"):
             raise InputError(f"--label-smoothing has no meaning for --loss-type {self.loss_type}: leave it 0")
         if self.loss_type == "robust" and self.label_smoothing == 0.5:

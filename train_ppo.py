@@ -58,7 +58,7 @@ class Config(DataOptions, RunOptions):
     dual_clip: float | None = option(None, "bound on the ratio's weight where the advantage is negative", above=1)
     vf_coef: float = option(0.1, "weight of the value loss", at_least=0)
     entropy_coef: float = option(0.0, "weight of an entropy bonus", at_least=0)
-    target_kl: float | None = option(None, "end a step's epochs once approx_kl exceeds this", above=0)
+    target_kl: float | None = option(None, "end a step's epochs once an epoch's mean approx_kl exceeds this", above=0)
     whiten_advantages: bool = option(True, "scale advantages to mean 0 and variance 1 over the batch")
     bootstrap_truncated: bool = option(False, "take a response cut before EOS to be worth its last value, not 0, thereafter")
     eval_every: int = option(10, "evaluate on validation prompts every so many steps", group="Evaluation", at_least=1)
@@ -69,6 +69,8 @@ class Config(DataOptions, RunOptions):
         super().check()
         if self.model and self.policy:
             raise InputError("--model is for the SFT stage, which --policy leaves out: give one of them")
+        if self.out.rstrip("/").rpartition("/")[2] in ("sft", "reward"):
+            raise InputError(f"--out {self.out}: that is the name of a stage's folder; name another, such as runs/ppo")
         if self.minibatch_size > self.batch_size:
             raise InputError(f"--minibatch-size {self.minibatch_size} exceeds --batch-size {self.batch_size}")
         if self.batch_size % self.minibatch_size:
@@ -139,7 +141,7 @@ def update(actor, optimizer, batch, advantages, returns, config, generator, step
     """Step 5: epochs of minibatches. Returns the mean of each statistic over the optimiser steps taken."""
     sums, taken = {}, 0
     for _ in range(config.ppo_epochs):
-        order = torch.randperm(len(advantages), generator=generator)
+        order, epoch_kl = torch.randperm(len(advantages), generator=generator), []
         for minibatch in order.split(config.minibatch_size):
             tokens = batch.response_mask[minibatch].sum()  # the optimiser step's denominator, whatever the micro-batches
             stats = {}
@@ -151,7 +153,8 @@ def update(actor, optimizer, batch, advantages, returns, config, generator, step
                     stats[name] = stats.get(name, 0.0) + value * share
             stats["grad_norm"] = optimiser_step(optimizer, stats["loss/total"], config.max_grad_norm, step)
             sums, taken = {name: sums.get(name, 0.0) + value for name, value in stats.items()}, taken + 1
-        if config.target_kl is not None and stats["policy/approx_kl"] > config.target_kl:
+            epoch_kl.append(stats["policy/approx_kl"])
+        if config.target_kl is not None and sum(epoch_kl) / len(epoch_kl) > config.target_kl:
             break
     return {**{name: value / taken for name, value in sums.items()}, "policy/updates": taken}
 
@@ -230,8 +233,9 @@ def train(config):
         started = time.perf_counter()
 
         # 1. Roll out: sample responses, and score their tokens under policy, value head and reference.
-        batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
-                         config.top_k, config.top_p, sampler)
+        with autocast(device, config.precision):
+            batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
+                             config.top_k, config.top_p, sampler)
         mask = batch.response_mask  # (B, R)
 
         # 2. Score the responses.

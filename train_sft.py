@@ -42,9 +42,9 @@ PRESETS = {
     "conala": {"data": "conala", "max_response": 64, "n_embd": 192, "n_head": 6, "vocab_size": 2000, "dropout": 0.1, "epochs": 20,
                "lr": 1e-3, "patience": 4},
     "research": {"model": "gpt2", "lr": 5e-5, "epochs": 5, "batch_size": 32, "micro_batch_size": 16,
-                 "max_query": 128, "max_response": 128},
-    "production": {"model": "gpt2-large", "lr": 2e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 8, 
-                   "max_query": 128, "max_response": 128, "precision": "bf16", "save_steps": 200},
+                 "label_smoothing": 0.0, "max_query": 128, "max_response": 128},
+    "production": {"model": "gpt2-large", "lr": 2e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 8,
+                   "label_smoothing": 0.0, "max_query": 128, "max_response": 128, "precision": "bf16", "save_steps": 200},
 }
 
 if __name__ == "__main__":

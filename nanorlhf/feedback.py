@@ -30,9 +30,11 @@ def preference_pairs(records, samples, rng, mutations=1, most=2):
     for n, (record, responses) in enumerate(zip(records, samples)):
         wrong = [r for r in dict.fromkeys(responses) if not exact_match(r, record.reference)]
         mutated = {mutate(record.reference, names, rng) for _ in range(mutations)} - {None, *wrong}
-        rejected = [(r, "policy") for r in wrong[:most]] + [(r, "mutation") for r in sorted(mutated)]
-        pairs += [{"prompt": record.prompt, "chosen": record.reference, "rejected": response, "source": source,
-                   "id": f"{n if record.id is None else record.id}-{i}"} for i, (response, source) in enumerate(rejected)]
+        # A mutation comes out in ast.unparse's style; so must what it is set against, or quotes and spaces would tell them apart.
+        rejected = [(record.reference, r, "policy") for r in wrong[:most]]
+        rejected += [(ast.unparse(ast.parse(record.reference)), r, "mutation") for r in sorted(mutated)]
+        pairs += [{"prompt": record.prompt, "chosen": chosen, "rejected": response, "source": source,
+                   "id": f"{n if record.id is None else record.id}-{i}"} for i, (chosen, response, source) in enumerate(rejected)]
     return pairs
 
 

@@ -14,7 +14,7 @@ from nanorlhf import encoder as encoders
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.reward import LastToken, Likelihood, RewardEnsemble, RewardModel, call_reward, load_reward
+from nanorlhf.reward import LastToken, RewardEnsemble, RewardModel, call_reward, load_reward
 from nanorlhf.tokenizer import Tokenizer
 
 FAMILIES = ("gpt2", "roberta", "bert")
@@ -155,58 +155,16 @@ def test_an_untied_backbone_is_saved_and_loaded(tmp_path):
     assert torch.allclose(again.score(PROMPTS, RESPONSES), model.score(PROMPTS, RESPONSES), atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------- likelihood head
+# --------------------------------------------------------------------------------------------------------------- heads
 
-def likelihood(folder, scale=0.3, **changes):
-    model = ours("gpt2", folder, **changes)
-    return RewardModel(model.backbone, Likelihood(scale), model.tokenizer).eval()
-
-
-def test_likelihood_equals_a_sum_through_transformers(tmp_path):
-    """scale * the log-probs of the response tokens, EOS included and the query left out, row by row and unpadded."""
-    transformers = pytest.importorskip("transformers")
-    model = likelihood(tmp_path / "tokenizer", scale=0.7)
-    model.gain, model.bias = 2.0, 1.0
-    model.save_pretrained(tmp_path / "saved")
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    encode, eos_id = model.tokenizer.encode, model.tokenizer.eos_id
-    for prompt, response, score in zip(PROMPTS, RESPONSES, model.score(PROMPTS, RESPONSES)):
-        query, answer = encode(prompt + "\n"), encode(response) + [eos_id]
-        with torch.no_grad():
-            logp = peer(torch.tensor([query + answer])).logits[0].log_softmax(-1)
-        expected = sum(logp[len(query) + t - 1, token].item() for t, token in enumerate(answer))
-        assert score.item() == pytest.approx(2 * 0.7 * expected + 1, abs=1e-4)
-
-
-def test_likelihood_is_saved_and_loaded(tmp_path):
-    """The learned scale, gain and bias come back; the folder says by itself that it is a reward model."""
-    model = likelihood(tmp_path / "tokenizer", scale=0.45)
-    model.normalise(PROMPTS, RESPONSES)
-    model.save_pretrained(tmp_path / "saved")
-    again = RewardModel.from_pretrained(tmp_path / "saved")
-    assert isinstance(again.head, Likelihood) and again.head.scale.item() == pytest.approx(0.45)
-    assert torch.allclose(again.score(PROMPTS, RESPONSES), model.score(PROMPTS, RESPONSES), atol=1e-6)
-
-
-def test_likelihood_does_not_depend_on_company_and_learns(tmp_path):
-    model = likelihood(tmp_path)
-    scores = model.score(PROMPTS, RESPONSES)
-    assert torch.allclose(model.score(PROMPTS, RESPONSES, batch_size=1), scores, atol=1e-5)
-    model(*model.encode(PROMPTS, RESPONSES)).sum().backward()
-    assert model.head.scale.grad.item() == pytest.approx(scores.sum().item() / 0.3, rel=1e-4)
-    assert model.backbone.wte.weight.grad.abs().sum() > 0
-
-
-def test_each_backbone_has_its_heads(tmp_path):
-    """auto is likelihood for a GPT-2 and classifier for an encoder; what does not fit is an InputError."""
-    for family, head, misfits in (("gpt2", "likelihood", ["classifier"]),
-                                  ("bert", "classifier", ["linear", "likelihood"])):
+def test_each_backbone_has_its_head(tmp_path):
+    """new_head gives each family the head of its sequence classifier, and two draws of it differ."""
+    heads = {"gpt2": LastToken, "roberta": encoders.RobertaClassificationHead, "bert": encoders.BertPoolerHead}
+    for family, kind in heads.items():
         ours(family, tmp_path / family).backbone.save_pretrained(tmp_path / family)
-        kind = {"likelihood": Likelihood, "classifier": encoders.BertPoolerHead}[head]
-        assert isinstance(RewardModel.from_pretrained(tmp_path / family, new_head="auto").head, kind)
-        for misfit in misfits:
-            with pytest.raises(InputError, match=head):
-                RewardModel.from_pretrained(tmp_path / family, new_head=misfit)
+        first, second = (RewardModel.from_pretrained(tmp_path / family, new_head=True) for _ in range(2))
+        assert type(first.head) is kind
+        assert any(not torch.equal(a, b) for a, b in zip(first.head.parameters(), second.head.parameters()))
 
 
 def test_several_labels_are_no_reward(tmp_path):
@@ -361,7 +319,7 @@ def test_a_new_head_starts_without_gain_and_bias(tmp_path):
     model = ours("gpt2", tmp_path / "tokenizer")
     model.gain, model.bias = 2.0, 1.0
     model.save_pretrained(tmp_path / "saved")
-    fresh = RewardModel.from_pretrained(tmp_path / "saved", new_head="linear", template="{prompt}: ", max_length=20)
+    fresh = RewardModel.from_pretrained(tmp_path / "saved", new_head=True, template="{prompt}: ", max_length=20)
     assert (fresh.gain, fresh.bias, fresh.template, fresh.max_length) == (1.0, 0.0, "{prompt}: ", 20)
     assert not torch.equal(fresh.head.score.weight, model.head.score.weight)
     assert torch.equal(fresh.backbone.wte.weight, model.backbone.wte.weight)
@@ -385,7 +343,7 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     with pytest.raises(InputError, match="no classification head.*train_reward.py") as error:
         RewardModel.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-    assert torch.isfinite(RewardModel.from_pretrained(tmp_path, new_head="linear").score(["a"], ["b"])).all()
+    assert torch.isfinite(RewardModel.from_pretrained(tmp_path, new_head=True).score(["a"], ["b"])).all()
 
 
 def test_a_bare_encoder_is_no_reward_model(tmp_path):
@@ -393,7 +351,7 @@ def test_a_bare_encoder_is_no_reward_model(tmp_path):
         ours(family, tmp_path / family).backbone.save_pretrained(tmp_path / family)
         with pytest.raises(InputError, match="head"):
             RewardModel.from_pretrained(tmp_path / family)
-        fresh = RewardModel.from_pretrained(tmp_path / family, new_head="classifier")
+        fresh = RewardModel.from_pretrained(tmp_path / family, new_head=True)
         assert torch.isfinite(fresh.score(["a"], ["b"])).all()
 
 
