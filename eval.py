@@ -5,7 +5,7 @@ each number can be traced to its rows. With several models the paired difference
 95 % interval over prompts.
 
     python eval.py --model runs/sft runs/ppo runs/dpo
-    python eval.py --model runs/ppo --every-checkpoint --data data/conala --max-response 128
+    python eval.py --preset conala --model runs/conala/ppo --every-checkpoint
 """
 from dataclasses import dataclass
 
@@ -31,8 +31,15 @@ class Config(DataOptions, RunOptions):
             raise InputError("--model: name at least one policy, such as --model runs/ppo")
 
 
+PRESETS = {
+    "fast": {},
+    "conala": {"data": "conala", "max_response": 64},
+    "research": {"data": "conala", "max_query": 128, "max_response": 128},
+    "production": {"data": "conala", "max_query": 128, "max_response": 128},
+}
+
 if __name__ == "__main__":
-    CONFIG = parse(Config)  # before torch is imported: --help and typing errors answer at once
+    CONFIG = parse(Config, PRESETS)  # before torch is imported: --help and typing errors answer at once
 
 from pathlib import Path
 
@@ -70,12 +77,12 @@ def table(split, results, gains):
     """A Markdown table: a row a metric, a column a policy."""
     names = list(results)
     lines = [f"\n| {split} | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for metric, first in results[names[0]].items():
-        if isinstance(first, float):
+    for metric in results[names[0]]:
+        if all(isinstance(results[name].get(metric), float) for name in names):
             lines.append(f"| {metric} | " + " | ".join(f"{results[name][metric]:.3f}" for name in names) + " |")
     for metric in ("exact_match", "reward"):
         shown = [gains[name].get(metric) for name in names[1:]]
-        if any(shown):
+        if shown and all(shown):
             lines.append(f"| {metric}, gain over {names[0]} [95 %] | | " + " | ".join(
                 f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" for gain in shown) + " |")
     return "\n".join(lines)
@@ -94,6 +101,8 @@ def run_evaluation(config):
     names = policies(config)
     reward = load_reward(config.reward, "mean", device) if config.reward else None
     models = {name: (GPT2.from_pretrained(name).to(device), Tokenizer.from_pretrained(name)) for name in names}
+    for model, _ in models.values():
+        model.check_length(config.max_query + config.max_response)
 
     run = Run(config)
     results = {}

@@ -7,13 +7,13 @@ tokens (for "ipo" means, as its authors advise). Data without preferences (nano,
 made, so that PPO and DPO start from the same SFT model and learn from the same pairs.
 
     python train_dpo.py                                              # the pairs of runs/reward, from runs/sft
-    python train_dpo.py --preset research --policy runs/sft --data preferences.jsonl --gpu 0
+    python train_dpo.py --preset research --policy runs/gpt2/sft --data preferences.jsonl --gpu 0
 """
 from dataclasses import dataclass
 
 from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, RunOptions
+from nanorlhf.options import DataOptions, RunOptions, refuse_conala_preset
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Config(DataOptions, RunOptions):
 
     def check(self):
         super().check()
+        refuse_conala_preset(self)
         if self.model and self.policy:
             raise InputError("--model is for the SFT stage, which --policy leaves out: give one of them")
         if self.out.rstrip("/").rpartition("/")[2] in ("sft", "reward"):
@@ -172,9 +173,7 @@ def train(config):
     tokenizer = Tokenizer.from_pretrained(folder)
     policy, reference = GPT2.from_pretrained(folder).to(device), GPT2.from_pretrained(folder).to(device)
     tokenizer.check_fits(policy.config.vocab_size, folder)
-    if config.max_query + config.max_response > policy.config.n_positions:
-        raise InputError(f"--max-query {config.max_query} + --max-response {config.max_response} exceed the "
-                         f"{policy.config.n_positions} positions of {folder}: lower one of them")
+    policy.check_length(config.max_query + config.max_response)
     train_pairs, held_out = encode(tokenizer, train_pairs, config), encode(tokenizer, held_out, config)
     print(f"data: {splits.source}; {len(train_pairs)} training and {len(held_out)} validation pairs\n"
           f"policy and reference: {folder}; evaluated by: {'validation pairs only' if reward is None else ', '.join(config.reward) or reward_folder}")

@@ -9,8 +9,9 @@ Each step, with the numbers of the algorithm box in the README:
     5  some epochs of minibatches on the clipped policy loss and the clipped value loss
     6  steer kl_coef; log, evaluate, save
 
-Deviations from lm-human-preferences: no reward whitening, advantages whitened once a batch rather than once a minibatch; the
-value head starts at 0; the policy shares its transformer with the value head, as there. No entropy bonus unless asked for.
+Deviations from lm-human-preferences, by default: kl_coef stays fixed (--kl-target steers it), temperature 1, 2 epochs, advantages
+whitened once a batch rather than once a minibatch, gradients clipped, responses end at EOS and a missing one costs nothing
+(--missing-eos-penalty), and the model kept is the best by validation reward. As there, policy and value head share a transformer.
 Stages that are missing are made first: SFT in `sft` and the reward model in `reward`, beside --out.
 
     python train_ppo.py                                              # everything, on the embedded data, CPU
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, RunOptions
+from nanorlhf.options import DataOptions, RunOptions, refuse_conala_preset
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Config(DataOptions, RunOptions):
 
     def check(self):
         super().check()
+        refuse_conala_preset(self)
         if self.model and self.policy:
             raise InputError("--model is for the SFT stage, which --policy leaves out: give one of them")
         if self.out.rstrip("/").rpartition("/")[2] in ("sft", "reward"):
@@ -75,8 +77,8 @@ class Config(DataOptions, RunOptions):
             raise InputError(f"--minibatch-size {self.minibatch_size} exceeds --batch-size {self.batch_size}")
         if self.batch_size % self.minibatch_size:
             raise InputError(f"--batch-size {self.batch_size} is not a multiple of --minibatch-size {self.minibatch_size}")
-        if self.missing_eos_mode == "subtract" and self.missing_eos_penalty is None:
-            raise InputError("--missing-eos-mode subtract needs a --missing-eos-penalty")
+        if self.missing_eos_mode == "subtract" and not (self.missing_eos_penalty or 0) > 0:
+            raise InputError("--missing-eos-mode subtract takes --missing-eos-penalty off the score: give one above 0")
 
 
 PRESETS = {
@@ -167,7 +169,7 @@ def minibatch_loss(actor, batch, advantages, returns, config):
                                                          config.temperature)
     policy_loss, policy_stats = ppo_policy_loss(new_logprobs, batch.logprobs, advantages, mask, config.cliprange, config.dual_clip)
     value_loss, value_stats = ppo_value_loss(new_values[:, :-1], batch.values, returns, mask, config.cliprange_value)
-    mean_entropy = masked_mean(entropy, mask)
+    mean_entropy = masked_mean(entropy if config.entropy_coef else entropy.detach(), mask)
     loss = policy_loss + config.vf_coef * value_loss - config.entropy_coef * mean_entropy
     return loss, {"loss/total": loss.item(), "loss/policy": policy_loss.item(), "loss/value": value_loss.item(),
                   "policy/entropy": mean_entropy.item(), **{f"policy/{name}": value for name, value in policy_stats.items()},
@@ -197,9 +199,7 @@ def train(config):
     tokenizer = Tokenizer.from_pretrained(folder)
     actor, reference = PolicyWithValue(GPT2.from_pretrained(folder)).to(device), GPT2.from_pretrained(folder).to(device)
     tokenizer.check_fits(reference.config.vocab_size, folder)
-    if config.max_query + config.max_response > reference.config.n_positions:
-        raise InputError(f"--max-query {config.max_query} + --max-response {config.max_response} exceed the "
-                         f"{reference.config.n_positions} positions of {folder}: lower one of them")
+    reference.check_length(config.max_query + config.max_response)
     reference.requires_grad_(False)
     call_reward(reward, [splits.train[0].prompt], [""], [splits.train[0].reference])  # one that cannot score fails here, not at step 1
     queries, cut = encode_queries(tokenizer, [row.prompt for row in splits.train], config.template, config.max_query)

@@ -9,7 +9,7 @@ references, from training rows for training and validation rows for validation; 
 gain and bias give the SFT policy's samples scores of mean 0 and variance 1.
 
     python train_reward.py                                                # the backbone starts from runs/sft
-    python train_reward.py --model microsoft/codebert-base --data preferences.jsonl --gpu 0
+    python train_reward.py --model microsoft/codebert-base --data preferences.jsonl --out runs/codebert/reward --gpu 0
 """
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class Config(DataOptions, RunOptions):
 
 PRESETS = {
     "fast": {},
-    "conala": {"data": "conala", "max_response": 64, "pair_rows": 0, "mutations": 2},
+    "conala": {"data": "conala", "max_response": 64, "pair_rows": 0, "mutations": 2, "epochs": 1},
     "research": {"model": "microsoft/codebert-base", "lr": 2e-5, "epochs": 3, "micro_batch_size": 16, "max_query": 128,
                  "max_response": 128, "pair_rows": 0},
     "production": {"model": "microsoft/codebert-base", "lr": 1e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 32,
@@ -76,7 +76,9 @@ def load_policy(config, device):
     folder = Path(config.policy) if config.policy else Path(config.out).parent / "sft"
     if not config.policy and not folder.exists():
         return None, None
-    return GPT2.from_pretrained(folder).to(device), Tokenizer.from_pretrained(folder)
+    policy = GPT2.from_pretrained(folder).to(device)
+    policy.check_length(config.max_query + config.max_response)
+    return policy, Tokenizer.from_pretrained(folder)
 
 
 def make_pairs(policy, tokenizer, records, config, seed):
@@ -85,7 +87,7 @@ def make_pairs(policy, tokenizer, records, config, seed):
     for i in range(config.samples):
         for row, texts in zip(answer(policy, tokenizer, records, config, config.temperature, seed=seed + i), samples):
             texts.append(row["response"])
-    return preference_pairs(records, samples, random.Random(seed), config.mutations)
+    return preference_pairs(records, samples, random.Random(seed), config.mutations, most=config.samples)
 
 
 def examples(splits, policy, tokenizer, config):
@@ -160,6 +162,8 @@ def train(config):
     model = RewardModel.from_pretrained(config.model or config.policy or Path(config.out).parent / "sft", new_head=True,
                                         template=config.template).to(device)
     train_rows, held_out = examples(splits, policy, tokenizer, config)
+    if not train_rows or not held_out:
+        raise InputError("there are no training or no validation pairs: every sample matches its reference; raise --samples or --mutations")
     print(f"data: {splits.source}; {len(train_rows)} training and {len(held_out)} validation "
           f"{'pairs' if 'chosen' in train_rows[0] else 'ratings'}")
 

@@ -6,12 +6,12 @@ Only response tokens (EOS included) carry loss. Without --model a small GPT-2 st
 BPE trained on the training rows. The model kept is the one with the lowest validation loss.
 
     python train_sft.py                                              # embedded data, random weights, CPU
-    python train_sft.py --model gpt2 --data data/conala --preset conala --gpu 0
+    python train_sft.py --preset research --data conala --gpu 0           # from gpt2
 """
 from dataclasses import dataclass
 
 from nanorlhf.config import option, parse
-from nanorlhf.options import DataOptions, RunOptions
+from nanorlhf.options import DataOptions, RunOptions, refuse_conala_preset
 
 
 @dataclass
@@ -36,10 +36,14 @@ class Config(DataOptions, RunOptions):
     eval_rows: int = option(200, "validation rows answered greedily after each epoch", group="Evaluation", at_least=1)
     patience: int = option(2, "stop after so many epochs without a lower validation loss", at_least=1)
 
+    def check(self):
+        super().check()
+        refuse_conala_preset(self)
+
 
 PRESETS = {
     "fast": {},
-    "conala": {"data": "conala", "max_response": 64, "n_embd": 192, "n_head": 6, "vocab_size": 2000, "dropout": 0.1, "epochs": 20,
+    "conala": {"data": "conala", "max_response": 64, "n_embd": 192, "n_head": 6, "vocab_size": 2000, "dropout": 0.1, "epochs": 12,
                "lr": 1e-3, "patience": 4},
     "research": {"model": "gpt2", "lr": 5e-5, "epochs": 5, "batch_size": 32, "micro_batch_size": 16,
                  "label_smoothing": 0.0, "max_query": 128, "max_response": 128},
@@ -77,9 +81,7 @@ def build(config, splits):
             n_layer=config.n_layer, n_head=config.n_head, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
             resid_pdrop=config.dropout, bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id,
             pad_token_id=tokenizer.pad_id))
-    if config.max_query + config.max_response > model.config.n_positions:
-        raise InputError(f"--max-query {config.max_query} + --max-response {config.max_response} exceed the model's "
-                         f"{model.config.n_positions} positions: lower one of them")
+    model.check_length(config.max_query + config.max_response)
     return model, tokenizer
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf import metrics
-from nanorlhf.metrics.bootstrap import bootstrap_interval, paired_bootstrap
+from nanorlhf.metrics.bootstrap import paired_bootstrap
 from nanorlhf.reward import call_reward
 from nanorlhf.rollout import decode, generate, score_tokens
 from nanorlhf.sequences import encode_queries
@@ -92,12 +92,6 @@ def compare(before, after, name, seed=0):
         return None
     difference, low, high, p = paired_bootstrap([b for _, b in pairs], [a for a, _ in pairs], seed=seed)
     return {"difference": difference, "low": low, "high": high, "p": p}
-
-
-def interval(rows, name, seed=0):
-    """A 95 % bootstrap interval (low, high) of the mean of a per-row value; None where no row has it."""
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return bootstrap_interval(values, seed=seed) if values else None
 
 
 # What the final table shows: per-row values first, their meaning beside them.

@@ -70,7 +70,7 @@ def _edits(node, names):
         node.value += rng.choice([-2, -1, 1, 2, 5])
 
     def other_string(rng):
-        words = [name for name in names if name != node.value]
+        words = [name for name in names if name != node.value] or [node.value + "_"]
         node.value = rng.choice(words) if len(node.value) > 1 else rng.choice([c for c in " ,.-_;:|/" if c != node.value])
 
     def other_operator(rng):

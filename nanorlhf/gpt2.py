@@ -244,6 +244,12 @@ class GPT2(nn.Module):
         """(V, C): the embedding itself where the head is tied to it."""
         return self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    def check_length(self, tokens):
+        """InputError unless a query and a response of `tokens` in all fit the positions."""
+        if tokens > self.config.n_positions:
+            raise InputError(f"--max-query and --max-response come to {tokens} tokens, more than the {self.config.n_positions} "
+                             "positions of this model: lower one of them")
+
     def new_cache(self, batch_size, max_length):
         """An empty `KVCache` for sequences of up to `max_length` tokens, on this model's device and in its dtype."""
         return KVCache(self.config, batch_size, max_length, self.wte.weight.device, self.wte.weight.dtype)

@@ -41,6 +41,13 @@ class DataOptions:
             raise InputError(f"--template {self.template!r} has no {{prompt}}; write for example '{{prompt}}\\n'")
 
 
+def refuse_conala_preset(config):
+    """The conala preset's learning rates are for random weights: on pretrained ones they would undo the pretraining."""
+    if config.model and getattr(config, "config_preset", None) == "conala":
+        raise InputError(f"--preset conala is for random weights; from {config.model}: --preset research --data conala "
+                         f"--model {config.model}")
+
+
 def data_flags(config):
     """The data options as command-line words, for a stage that must see the same rows and queries."""
     words = []

@@ -47,8 +47,10 @@ def ensure(script, folder, config, **options):
         words.append("--overwrite")
     print(f"$ python {shlex.join(words)}", flush=True)
     code = subprocess.run([sys.executable, str(ROOT / script), *words[1:]]).returncode
+    if code < 0:
+        print(f"{script} was ended by signal {-code} (9 may mean out of memory: lower --micro-batch-size)", file=sys.stderr)
     if code:
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else 1)
 
 
 def read_config(folder):
@@ -61,8 +63,8 @@ def check_same(folder, wanted):
     not be continued, or compared, unawares."""
     theirs = read_config(folder)
     for name, value in wanted.items():
-        if name in theirs and theirs[name] != value:
-            raise InputError(f"{folder} was made with {name} = {theirs[name]!r}, this run asks for {value!r}: ask for the same, "
+        if (name in theirs or value is not None) and theirs.get(name) != value:  # an unset option is not in the file
+            raise InputError(f"{folder} was made with {name} = {theirs.get(name)!r}, this run asks for {value!r}: ask for the same, "
                              "or give an --out in another folder, beside which its own stages are made")
 
 

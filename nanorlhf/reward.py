@@ -104,7 +104,10 @@ class RewardModel(nn.Module):
         """Set gain and bias so that these responses (the SFT policy's samples) have scores of mean 0 and variance 1."""
         self.gain, self.bias = 1.0, 0.0
         raw = self.score(prompts, responses)
-        self.gain = 1 / max(raw.std(unbiased=False).item(), 1e-6)
+        spread = raw.std(unbiased=False).item()
+        if spread < 1e-6:
+            print(f"all {len(responses)} responses have the same score: it is centred but not scaled")
+        self.gain = 1 / spread if spread >= 1e-6 else 1.0
         self.bias = -raw.mean().item() * self.gain
 
     @classmethod

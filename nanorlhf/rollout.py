@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanorlhf.errors import InputError
 from nanorlhf.logprobs import log_softmax, token_logprobs
 from nanorlhf.tokenizer import pad
 
@@ -37,10 +38,12 @@ def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=
         distribution at the temperature (1 if greedy), 0 where the mask is False.
     """
     if not queries.shape[1] or not bool((query_mask[:, -1] != 0).all()):
-        raise ValueError("queries must be padded on the left and not empty: the last column of query_mask has zeros")
+        raise InputError("queries must be padded on the left and not empty: the last column of query_mask has zeros")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     batch, query_length = queries.shape
     if query_length + max_new_tokens > model.config.n_positions:
-        raise ValueError(f"{query_length} query tokens + {max_new_tokens} new ones exceed the model's {model.config.n_positions} positions")
+        raise InputError(f"{query_length} query tokens + {max_new_tokens} new ones exceed the model's {model.config.n_positions} positions")
     was_training = model.training
     model.eval()
     cache = model.new_cache(batch, query_length + max_new_tokens)

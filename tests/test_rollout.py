@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.rollout import Rollout, decode, generate, roll_out, score_tokens
 from nanorlhf.tokenizer import pad
@@ -49,6 +48,9 @@ class Scripted(nn.Module):
         super().__init__()
         self.table, self.calls = table, 0
         self.config = GPT2Config(vocab_size=table.shape[-1], n_positions=64, n_embd=2, n_layer=1, n_head=1)
+
+    def new_cache(self, batch_size, max_length):
+        return SimpleNamespace(length=0)
 
     def hidden(self, inputs, attention_mask, cache):
         self.calls += 1
@@ -242,10 +244,12 @@ def test_queries_without_columns_are_refused():
         generate(tiny(), ids, mask, 3)
 
 
-def test_more_tokens_than_positions_are_an_input_error():
+def test_more_tokens_than_positions_are_refused_at_once():
+    """5 + 4 > 8, and nothing is sampled first; 5 + 3 = 8 just fit."""
     model, (ids, mask) = tiny(n_positions=8), ragged((5, 3))
-    with pytest.raises(InputError, match="8 positions"):
-        generate(model, ids, mask, 10, 0)
+    with pytest.raises(ValueError, match="8 positions"):
+        generate(model, ids, mask, 4, 0)
+    assert generate(model, ids, mask, 3, 0)[0].shape == (2, 3)
 
 
 # ---------------------------------------------------------------------------------------- dropout, gradient, train flag
@@ -261,9 +265,9 @@ def test_dropout_is_off_and_the_mode_restored(training):
     assert not found[2].requires_grad
 
 
-def test_the_mode_is_restored_after_an_error():
+def test_the_mode_stays_when_the_request_is_refused():
     model, (ids, mask) = tiny(n_positions=8).train(), ragged((5, 3))
-    with pytest.raises(InputError):
+    with pytest.raises(ValueError):
         generate(model, ids, mask, 10, 0)
     assert model.training
 

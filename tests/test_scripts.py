@@ -27,6 +27,7 @@ from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.masked import whiten
+from nanorlhf.metrics import METRIC_NAMES, conala_bleu
 from nanorlhf.rollout import roll_out, score_tokens
 from nanorlhf.run import adamw, main
 from nanorlhf.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_sft", "train_reward", "train_ppo", "train_dpo")
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 train_sft, train_reward, train_ppo, train_dpo = (importlib.import_module(name) for name in SCRIPTS)
+evaluation_script = importlib.import_module("eval")
 
 TEXT = ["--max-query", "20", "--max-response", "8", "--device", "cpu"]
 SFT = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "290", "--epochs", "2",
@@ -266,6 +268,48 @@ def test_dpo_from_the_command_line(dpo, home):
     assert set(results["test"]["test"]["greedy"]) == {"SFT", "DPO"}
 
 
+def test_eval_compares_two_models(home, ppo, capsys):
+    """Two policies on the first four test rows: a Markdown table, every metric in results.json, every answer written
+    down, and the metrics are those of the answers."""
+    out, names = home / "runs" / "eval", [str(home / "runs" / "sft"), str(ppo[1])]
+    words = ["--model", *names, "--data", str(home / "data.jsonl"), "--out", str(out), "--rows", "4", "--reward",
+             str(home / "runs" / "reward"), *TEXT]
+    main(evaluation_script.run_evaluation, parse(evaluation_script.Config, argv=words, prog="eval.py"))
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[0] == f"| test, 4 prompts | {names[0]} | {names[1]} |" and table[1] == "|---|---:|---:|"
+    assert all(line.count("|") == 4 for line in table)
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["mode"], row["model"]) for row in answers] == \
+        [("test", "greedy", name) for name in names for _ in range(4)]
+    results = json.loads((out / "results.json").read_text())
+    test = results["results"]["test"]
+    assert test["rows"] == 4 and list(test["metrics"]) == names and results["leakage"]["overlap"] == []
+    for name in names:
+        numbers, rows = test["metrics"][name], [row for row in answers if row["model"] == name]
+        assert set(numbers) >= {"reward", "length", "ended", *METRIC_NAMES}
+        assert numbers["conala_bleu"] == conala_bleu([r["response"] for r in rows], [r["reference"] for r in rows])
+        for metric in ("reward", "length", "exact_match"):
+            assert numbers[metric] == pytest.approx(sum(row[metric] for row in rows) / 4)
+            line, = [line for line in table if line.startswith(f"| {metric} |")]
+            assert line.split("|")[2 + names.index(name)].strip() == f"{numbers[metric]:.3f}"
+    first, second = (test["metrics"][name]["reward"] for name in names)
+    assert test["gains"][names[1]]["reward"]["difference"] == pytest.approx(second - first, abs=1e-6)
+
+
+def test_eval_bad_input_is_one_line(home, tmp_path, capsys):
+    """No model, a model that is not there, a run made with another template: exit 2 and nothing written."""
+    sft = str(home / "runs" / "sft")
+    for words, named in (([], "--model"), (["--model", str(tmp_path / "nowhere")], "nowhere"),
+                         (["--model", sft, "--template", "Q {prompt}"], "template")):
+        with pytest.raises(SystemExit) as exit:
+            main(evaluation_script.run_evaluation,
+                 parse(evaluation_script.Config, argv=[*words, "--data", str(home / "data.jsonl"), "--out",
+                                                       str(tmp_path / "eval"), *TEXT], prog="eval.py"))
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and error.count("\n") == 1 and named in error, error
+    assert list(tmp_path.iterdir()) == []
+
+
 # --------------------------------------------------------------------------------- micro-batches change nothing
 
 def weights(folder):
@@ -412,6 +456,49 @@ def test_other_shares_of_the_splits_are_refused_too(home, capsys):
     out = home / "runs" / "ppo-shares"
     assert launch("train_ppo", "--data", str(home / "data.jsonl"), "--out", str(out), *TEXT, *PPO, "--test", "0.3") == 2
     assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- inside SFT
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+def test_label_smoothing_by_hand(smoothing):
+    """(1 - e) * CE + e * mean over the vocabulary of -log p, both means over the 11 response tokens, row by row and
+    unpadded; the same as torch's own label smoothing, in loss and gradient."""
+    torch.manual_seed(0)
+    model = GPT2.from_config(GPT2Config(vocab_size=40, n_positions=32, n_embd=24, n_layer=2, n_head=3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    loss, stats = train_sft.batch_loss(model, SimpleNamespace(pad_id=EOS), QUERIES, RESPONSES, range(4), "fp32",
+                                       smoothing)
+    logits = torch.cat([model(torch.tensor([query + response]))[0, len(query) - 1:-1]
+                        for query, response in zip(QUERIES, RESPONSES)])  # (11, 40)
+    targets = torch.tensor(sum(RESPONSES, []))
+    logp = logits.log_softmax(-1)
+    cross_entropy = -sum(logp[t, token] for t, token in enumerate(targets)) / 11
+    expected = (1 - smoothing) * cross_entropy + smoothing * -logp.sum() / (11 * 40)
+    assert stats["tokens"] == 11 and loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    theirs = nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(theirs.item(), abs=1e-5)
+    for ours, reference in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, theirs))):
+        assert torch.allclose(ours, reference, atol=1e-6)
+
+
+def test_label_smoothing_is_for_training_alone(home):
+    """The option reaches the training loss, which it changes from the first step on; validation loss is the plain
+    cross-entropy whatever the option."""
+    plain, smooth = settings(train_sft, "--label-smoothing", "0"), settings(train_sft, "--label-smoothing", "0.7")
+    model, tokenizer = GPT2.from_pretrained(home / "runs" / "sft"), Tokenizer.from_pretrained(home / "runs" / "sft")
+    losses = [train_sft.validation_loss(model, tokenizer, QUERIES, RESPONSES, config) for config in (plain, smooth)]
+    whole, _ = train_sft.batch_loss(model, tokenizer, QUERIES, RESPONSES, range(4), "fp32")
+    assert losses[0] == losses[1] == pytest.approx(whole.item(), abs=1e-6)
+    first = []
+    for smoothing in ("0", "0.7"):
+        out = home / "runs" / f"sft-smoothing-{smoothing}"
+        assert launch("train_sft", "--config", str(home / "runs" / "sft" / "config.toml"), "--out", str(out),
+                      "--epochs", "1", "--label-smoothing", smoothing) == 0
+        first.append(log(out)[0]["loss"])
+    assert abs(first[0] - first[1]) > 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------- inside PPO
@@ -720,7 +807,6 @@ BAD = [  # scripts, words, what the line must name. {name} is a path of `bad`
     ("train_dpo", "--data {pairs} --policy {nowhere}", "nowhere"),
     ("train_ppo train_dpo", "--data {data} --policy {sft} --model gpt2", "--model"),
     ("train_ppo", "--data {data} --policy {sft} --reward {reward} --max-query 40", "28 positions"),
-    ("train_reward", "--data {data} --policy {sft} --head classifier", "classifier"),
     ("train_ppo", "--data {data} --policy {sft} --reward {sft}", "train_reward.py"),
     ("train_ppo", "--data {data} --policy {sft} --reward {nowhere}", "nowhere"),
     ("train_ppo", "--data {data} --policy {sft} --reward no_such_module_zq:f", "no_such_module_zq"),
@@ -766,25 +852,32 @@ def test_a_bad_reward_is_refused_before_stages_are_made(script, bad, tmp_path, m
     assert "nowhere" in capsys.readouterr().err and made == []
 
 
-@pytest.mark.parametrize("returns", ["[1.0]", "[1.0] * 100"], ids=["too few", "too many"])
-def test_a_reward_with_the_wrong_number_of_scores(home, bad, monkeypatch, capsys, returns):
-    """Found at the first evaluation, not averaged over the rows that happened to get a score."""
+@pytest.mark.parametrize("returns, count", [("[1.0]", 4), ("[1.0] * 100", None)], ids=["one", "too many"])
+def test_a_reward_with_the_wrong_number_of_scores(home, bad, monkeypatch, capsys, returns, count):
+    """Found before training, not averaged over the rows that happened to get a score: one score for anything at the
+    first evaluation, of 4 rows; a hundred at the first call, whatever its size."""
     name = f"miscounting_zq{len(returns)}"
     (home / f"{name}.py").write_text(f"def f(prompts, responses, references):\n    return {returns}\n")
     monkeypatch.chdir(home)
     out = home / "runs" / name
     assert launch("train_ppo", "--data", bad["data"], "--policy", bad["sft"], "--reward", f"{name}:f", "--out",
-                  str(out),
-                  *TEXT, *PPO) == 2
-    assert "scores for 4 responses" in capsys.readouterr().err
+                  str(out), *TEXT, *PPO) == 2
+    error = capsys.readouterr().err
+    assert f"scores for {count or ''}" in error and ": error: the reward" in error.splitlines()[-1]
+    assert not (out / "metrics.jsonl").exists()
 
 
-def test_a_reward_that_is_not_finite_stops_the_run(home, bad, monkeypatch, capsys):
-    """Exit 1, one line that names the step and the rows, before the policy learns from NaN."""
-    (home / "nan_zq.py").write_text("def f(prompts, responses, references):\n"
-                                    "    return [float('nan')] * len(prompts)\n")
+@pytest.mark.parametrize("rows, words", [(4, "step 0: the validation score is nan"),
+                                         (8, "step 1: the reward is not finite for rows ")],
+                         ids=["validation", "training"])
+def test_a_reward_that_is_not_finite_stops_the_run(home, bad, monkeypatch, capsys, rows, words):
+    """NaN for batches of one size, 4 validation rows or 8 training rows: exit 1, one line that names the step, before
+    the policy learns from it."""
+    name = f"nan_zq{rows}"
+    (home / f"{name}.py").write_text("def f(prompts, responses, references):\n"
+                                     f"    return [float('nan' if len(prompts) == {rows} else 0)] * len(prompts)\n")
     monkeypatch.chdir(home)
-    assert launch("train_ppo", "--data", bad["data"], "--policy", bad["sft"], "--reward", "nan_zq:f", "--out",
-                  str(home / "runs" / "nan"), *TEXT, *PPO) == 1
-    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
-    assert not (home / "runs" / "nan" / "results.json").exists()
+    assert launch("train_ppo", "--data", bad["data"], "--policy", bad["sft"], "--reward", f"{name}:f", "--out",
+                  str(home / "runs" / name), *TEXT, *PPO) == 1
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (home / "runs" / name / "results.json").exists()
