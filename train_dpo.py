@@ -26,14 +26,14 @@ class Config(DataOptions, RunOptions):
     reward: list[str] = option([], "reward that evaluates the policy, as for train_ppo.py; empty: the reward stage where it made "
                                "the pairs, else none", metavar="FOLDER")
     loss_type: str = option("sigmoid", "the loss", group="DPO", choices=("sigmoid", "ipo", "hinge", "robust"))
-    beta: float = option(0.1, "strength of the pull to the reference", above=0)
+    beta: float = option(0.5, "strength of the pull to the reference", above=0)
     label_smoothing: float = option(0.0, "share of pairs assumed to be the wrong way round (sigmoid, robust)", at_least=0, at_most=0.5)
     reference_free: bool = option(False, "leave the reference's log-probs out of the loss")
     ipo_sum: bool = option(False, "for ipo: sums of token log-probs rather than means")
     epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
     batch_size: int = option(64, "pairs of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "pairs of a forward pass; fewer need less memory and change nothing else", at_least=1)
-    lr: float = option(3e-4, "peak learning rate of AdamW", above=0)
+    lr: float = option(6e-5, "peak learning rate of AdamW", above=0)
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.0, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
@@ -60,9 +60,9 @@ class Config(DataOptions, RunOptions):
 PRESETS = {
     "fast": {},
     "conala": {"data": "conala", "max_response": 64},
-    "research": {"lr": 1e-6, "epochs": 1, "batch_size": 64, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
+    "research": {"beta": 0.1, "lr": 1e-6, "epochs": 1, "batch_size": 64, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
                  "temperature": 0.7},
-    "production": {"lr": 5e-7, "epochs": 1, "batch_size": 128, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
+    "production": {"beta": 0.1, "lr": 5e-7, "epochs": 1, "batch_size": 128, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
                    "temperature": 0.7, "precision": "bf16", "save_steps": 100, "patience": 5},
 }
 

@@ -31,15 +31,18 @@ def ensure(script, folder, config, **options):
         options: further options of the script; empty ones are left to it.
     Errors: InputError where the folder's run was made from other data or with other options.
     """
-    folder, options = Path(folder), {name: str(value) for name, value in options.items() if value}
+    folder = Path(folder)
+    if options.get("policy") and Path(options["policy"]) == folder.parent / "sft":
+        options["policy"] = ""  # the stage's own default, by another name
+    asked = {name: str(value) for name, value in options.items() if value}
     if (folder / "results.json").is_file():
         shared = {name: getattr(config, name) for name in
                   ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template")}
-        check_same(folder, shared | options)
+        check_same(folder, shared | asked | {name: options[name] for name in options if name == "policy"})
         print(f"{folder}: finished already, reused (seed {read_config(folder).get('seed', 0)})")
         return
     words = [script, f"--out={folder}", f"--seed={config.seed}", f"--device={config.device}", f"--precision={config.precision}"]
-    words += data_flags(config) + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    words += data_flags(config) + [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
     words += [f"--gpu={config.gpu}"] if config.gpu is not None else []
     words += [f"--preset={config.config_preset}"] if config.config_preset else []
     if folder.exists():
@@ -99,6 +102,14 @@ def read_answers(folder, stage, split, mode, model):
         return [row for row in map(json.loads, file) if (row["split"], row["mode"], row["model"]) == (split, mode, model)]
 
 
+POOLED = ("reward", "exact_match")
+
+
+def mean_over_seeds(answers):
+    """One row a prompt: the mean over the seeds of each pooled metric. `answers`: a list of rows a seed, in one order."""
+    return [{metric: sum(row[metric] for row in rows) / len(rows) for metric in POOLED} for rows in zip(*answers)]
+
+
 def report(folders):
     """The Markdown report of finished jobs, {seed: folder}."""
     from nanorlhf.evaluation import ROWS, compare  # torch, which the rest of this module does without
@@ -118,11 +129,13 @@ def report(folders):
                     numbers = stages[stage]["test"][split][mode][name]
                     shown = ["" if numbers.get(row) is None else f"{numbers[row]:.3f}" for row in ROWS]
                     lines.append(f"| {seed} | {name} | " + " | ".join(shown) + " |")
-            lines += ["", "Gain over SFT, paired, pooled over the seeds, with a bootstrap 95 % interval:", ""]
+            lines += ["", "Gain over SFT: the paired difference of each prompt, averaged over the seeds, with a bootstrap 95 % interval over "
+                      "prompts. It speaks of other prompts, not of other seeds; the learned reward is each seed's own model's, in standard "
+                      "deviations of its SFT policy's scores.", ""]
             for name, stage in (("PPO", "ppo"), ("DPO", "dpo")):
-                before = [row for folder in folders.values() for row in read_answers(folder, stage, split, mode, "SFT")]
-                after = [row for folder in folders.values() for row in read_answers(folder, stage, split, mode, name)]
-                gains = {metric: compare(before, after, metric) for metric in ("reward", "exact_match")}
+                before = mean_over_seeds([read_answers(folder, stage, split, mode, "SFT") for folder in folders.values()])
+                after = mean_over_seeds([read_answers(folder, stage, split, mode, name) for folder in folders.values()])
+                gains = {metric: compare(before, after, metric) for metric in POOLED}
                 lines.append(f"- {name}: " + ", ".join(f"{ROWS[metric]} {gain['difference']:+.3f} [{gain['low']:+.3f}, "
                                                        f"{gain['high']:+.3f}]" for metric, gain in gains.items()))
     lines += ["", "## Time and memory", "",
