@@ -41,11 +41,20 @@ def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=
         raise InputError("queries must be padded on the left and not empty: the last column of query_mask has zeros")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    batch, query_length = queries.shape
+    query_length = queries.shape[1]
     if query_length + max_new_tokens > model.config.n_positions:
         raise InputError(f"{query_length} query tokens + {max_new_tokens} new ones exceed the model's {model.config.n_positions} positions")
     was_training = model.training
     model.eval()
+    try:
+        return _sample(model, queries, query_mask, max_new_tokens, temperature, top_k, top_p, eos_id, generator)
+    finally:
+        model.train(was_training)
+
+
+def _sample(model, queries, query_mask, max_new_tokens, temperature, top_k, top_p, eos_id, generator):
+    """The loop of `generate`: one column of tokens a turn."""
+    batch, query_length = queries.shape
     cache = model.new_cache(batch, query_length + max_new_tokens)
     mask = torch.cat([query_mask != 0, query_mask.new_ones(batch, max_new_tokens, dtype=torch.bool)], 1)  # (B, Q + R)
     going = torch.ones(batch, dtype=torch.bool, device=queries.device)  # (B,) rows that have not met EOS
@@ -62,7 +71,6 @@ def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=
         if not going.any():
             break
         inputs = tokens[:, None]
-    model.train(was_training)
     return tuple(torch.stack(column, 1) for column in zip(*columns))
 
 

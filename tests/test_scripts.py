@@ -416,7 +416,7 @@ def test_preference_data_go_through_sft_and_dpo(tmp_path):
     data = preferences(tmp_path / "pairs.jsonl")
     assert launch("train_sft", "--data", data, "--out", str(tmp_path / "runs" / "sft"), *TEXT, *SFT) == 0
     assert launch("train_dpo", "--data", data, "--out", str(tmp_path / "runs" / "dpo"), *TEXT, *DPO, "--loss-type",
-                  "ipo") == 0
+                  "ipo", "--beta", "0.1") == 0
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dpo", "sft"]
     rows = log(tmp_path / "runs" / "dpo")
     first = next(row for row in rows if "loss" in row)
