@@ -43,11 +43,11 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from nanorlhf.data import check_leakage, load_splits
+from nanorlhf.data import open_data
 from nanorlhf.evaluation import add_rewards, answer, compare, mean, write_answers
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.metrics import evaluate
-from nanorlhf.pipeline import check_same
+from nanorlhf.pipeline import check_policy
 from nanorlhf.reward import load_reward
 from nanorlhf.run import Run, check_free, main, pick_device, seed_everything
 from nanorlhf.tokenizer import Tokenizer
@@ -58,8 +58,7 @@ def policies(config):
     found = []
     for name in config.model:
         folder = Path(name)
-        if (folder / "config.toml").is_file():
-            check_same(folder, {"template": config.template})
+        check_policy(folder, config)
         if config.every_checkpoint:
             found += sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
         found.append(name)
@@ -92,9 +91,7 @@ def run_evaluation(config):
     check_free(config.out, config.overwrite)
     device = pick_device(config.gpu, config.device)
     seed_everything(config.seed)
-    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
-                         config.min_probability, config.skip_bad_rows)
-    leakage = check_leakage(splits, config.allow_overlap)
+    splits, leakage = open_data(config)
     held_out = {"validation": splits.validation} if config.split == "validation" else {"test": splits.test}
     if config.split == "all":
         held_out = {"validation": splits.validation, "test": splits.test, **splits.extra}

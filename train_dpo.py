@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, RunOptions, refuse_conala_preset
+from nanorlhf.options import DataOptions, TrainOptions
 
 
 @dataclass
-class Config(DataOptions, RunOptions):
+class Config(DataOptions, TrainOptions):
     out: str = option("runs/dpo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
@@ -33,7 +33,7 @@ class Config(DataOptions, RunOptions):
     epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
     batch_size: int = option(64, "pairs of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "pairs of a forward pass; fewer need less memory and change nothing else", at_least=1)
-    lr: float = option(6e-5, "peak learning rate of AdamW", above=0)
+    lr: float | None = option(None, "peak learning rate of AdamW; none: 6e-5 below 20 million parameters, 1e-6 above", above=0)
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.0, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
@@ -44,7 +44,6 @@ class Config(DataOptions, RunOptions):
 
     def check(self):
         super().check()
-        refuse_conala_preset(self)
         if self.model and self.policy:
             raise InputError("--model is for the SFT stage, which --policy leaves out: give one of them")
         if self.out.rstrip("/").rpartition("/")[2] in ("sft", "reward"):
@@ -60,7 +59,7 @@ class Config(DataOptions, RunOptions):
 PRESETS = {
     "fast": {},
     "conala": {"data": "conala", "max_response": 64},
-    "research": {"beta": 0.1, "lr": 1e-6, "epochs": 1, "batch_size": 64, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
+    "research": {"beta": 0.1, "epochs": 1, "batch_size": 64, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
                  "temperature": 0.7},
     "production": {"beta": 0.1, "lr": 5e-7, "epochs": 1, "batch_size": 128, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
                    "temperature": 0.7, "precision": "bf16", "save_steps": 100, "patience": 5},
@@ -75,15 +74,15 @@ import torch
 from tqdm import tqdm
 
 from nanorlhf import pipeline
-from nanorlhf.data import check_leakage, load_splits, read
+from nanorlhf.data import open_data, read
 from nanorlhf.evaluation import add_rewards, answer, known, report, summary
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.logprobs import token_logprobs
 from nanorlhf.losses import dpo_loss
 from nanorlhf.plots import plot_dpo
 from nanorlhf.reward import load_reward
-from nanorlhf.run import (Run, adamw, autocast, check_free, linear_decay, main, optimiser_step, pick_device,
-                          seed_everything)
+from nanorlhf.run import (Run, adamw, autocast, check_free, learning_rate, linear_decay, main, optimiser_step,
+                          pick_device, seed_everything)
 from nanorlhf.sequences import encode_queries, encode_responses, join, predict, shuffled_batches
 from nanorlhf.tokenizer import Tokenizer
 
@@ -154,13 +153,13 @@ def train(config):
     check_free(config.out, config.overwrite)
     device = pick_device(config.gpu, config.device)
     sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
-    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
-                         config.min_probability, config.skip_bad_rows)
-    leakage = check_leakage(splits, config.allow_overlap)
+    splits, leakage = open_data(config)
     reward = load_reward(config.reward, "mean", device) if config.reward else None  # a bad one is found before any training
     if splits.train[0].chosen is None and splits.train[0].reference is None:
         raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from")
-    if not config.policy:
+    if config.policy:
+        pipeline.check_policy(config.policy, config)
+    else:
         pipeline.ensure("train_sft.py", sft, config, model=config.model)
     train_pairs, held_out = splits.train, splits.validation
     if splits.train[0].chosen is None:
@@ -183,7 +182,7 @@ def train(config):
     run = Run(config)
     order = torch.Generator().manual_seed(config.seed)
     total_steps = config.epochs * -(-len(train_pairs) // config.batch_size)
-    optimizer = adamw([policy], config.lr, weight_decay=config.weight_decay)
+    optimizer = adamw([policy], learning_rate(config.lr, policy, 6e-5, 1e-6), weight_decay=config.weight_decay)
     scheduler = linear_decay(optimizer, total_steps, int(config.warmup * total_steps))
     lengths = [len(query) + max(len(chosen), len(rejected)) for query, chosen, rejected in train_pairs]
 

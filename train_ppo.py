@@ -19,13 +19,13 @@ Stages that are missing are made first: SFT in `sft` and the reward model in `re
 """
 from dataclasses import dataclass
 
-from nanorlhf.config import option, parse
+from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, RunOptions, refuse_conala_preset
+from nanorlhf.options import DataOptions, TrainOptions
 
 
 @dataclass
-class Config(DataOptions, RunOptions):
+class Config(DataOptions, TrainOptions):
     out: str = option("runs/ppo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
@@ -50,7 +50,8 @@ class Config(DataOptions, RunOptions):
     minibatch_size: int = option(128, "responses of an optimiser step", at_least=1)
     micro_batch_size: int = option(128, "responses of a forward pass; fewer need less memory and change nothing else", at_least=1)
     ppo_epochs: int = option(2, "passes over a step's responses", at_least=1)
-    lr: float = option(3e-4, "learning rate of AdamW at the start; it falls linearly to 0", above=0)
+    lr: float | None = option(None, "learning rate of AdamW at the start, which falls linearly to 0; none: 3e-4 below 20 million "
+                              "parameters, 1e-5 above", above=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
     gamma: float = option(1.0, "discount of later rewards", group="PPO", at_least=0, at_most=1)
     lam: float = option(0.95, "lambda of GAE", at_least=0, at_most=1)
@@ -68,11 +69,14 @@ class Config(DataOptions, RunOptions):
 
     def check(self):
         super().check()
-        refuse_conala_preset(self)
         if self.model and self.policy:
             raise InputError("--model is for the SFT stage, which --policy leaves out: give one of them")
         if self.out.rstrip("/").rpartition("/")[2] in ("sft", "reward"):
             raise InputError(f"--out {self.out}: that is the name of a stage's folder; name another, such as runs/ppo")
+        if asked(self, "combine") and len(self.reward) < 2:
+            raise InputError(f"--combine {self.combine} needs several rewards: name them with --reward, or leave it out")
+        if asked(self, "kl_horizon") and self.kl_target is None:
+            raise InputError("--kl-horizon is for --kl-target, which steers kl_coef: give both, or neither")
         if self.minibatch_size > self.batch_size:
             raise InputError(f"--minibatch-size {self.minibatch_size} exceeds --batch-size {self.batch_size}")
         if self.batch_size % self.minibatch_size:
@@ -84,7 +88,7 @@ class Config(DataOptions, RunOptions):
 PRESETS = {
     "fast": {},
     "conala": {"data": "conala", "max_response": 64, "missing_eos_penalty": -1.0},
-    "research": {"steps": 500, "batch_size": 128, "minibatch_size": 32, "micro_batch_size": 16, "ppo_epochs": 4, "lr": 1e-5,
+    "research": {"steps": 500, "batch_size": 128, "minibatch_size": 32, "micro_batch_size": 16, "ppo_epochs": 4,
                  "kl_coef": 0.15, "kl_target": 6.0, "temperature": 0.7, "max_query": 128, "max_response": 128,
                  "missing_eos_penalty": -1.0, "save_steps": 100},
     "production": {"steps": 2000, "batch_size": 512, "minibatch_size": 64, "micro_batch_size": 8, "ppo_epochs": 4, "lr": 5e-6,
@@ -103,8 +107,8 @@ from tqdm import tqdm
 
 from nanorlhf import pipeline
 from nanorlhf.advantages import AdaptiveKLController, FixedKLController, gae, shape_rewards
-from nanorlhf.data import check_leakage, load_splits
-from nanorlhf.evaluation import add_rewards, answer, in_words, known, report, summary
+from nanorlhf.data import open_data
+from nanorlhf.evaluation import add_rewards, answer, check_finite, in_words, known, report, summary
 from nanorlhf.gpt2 import GPT2, PolicyWithValue
 from nanorlhf.logprobs import kl_estimate
 from nanorlhf.losses import ppo_policy_loss, ppo_value_loss
@@ -112,8 +116,8 @@ from nanorlhf.masked import masked_mean, masked_var, whiten
 from nanorlhf.plots import plot_ppo
 from nanorlhf.reward import call_reward, load_reward
 from nanorlhf.rollout import roll_out, score_tokens
-from nanorlhf.run import (Run, RunFailed, adamw, autocast, check_free, linear_decay, main, optimiser_step, pick_device,
-                          seed_everything)
+from nanorlhf.run import (Run, adamw, autocast, check_free, learning_rate, linear_decay, main, optimiser_step,
+                          pick_device, seed_everything)
 from nanorlhf.sequences import encode_queries
 from nanorlhf.tokenizer import Tokenizer
 
@@ -185,11 +189,11 @@ def train(config):
     check_free(config.out, config.overwrite)
     device = pick_device(config.gpu, config.device)
     sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
-    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
-                         config.min_probability, config.skip_bad_rows)
-    leakage = check_leakage(splits, config.allow_overlap)
+    splits, leakage = open_data(config)
     reward = load_reward(config.reward, config.combine, device) if config.reward else None  # a bad one is found before any training
-    if not config.policy:
+    if config.policy:
+        pipeline.check_policy(config.policy, config)
+    else:
         pipeline.ensure("train_sft.py", sft, config, model=config.model)
     if not config.reward:
         pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy)
@@ -209,7 +213,7 @@ def train(config):
     run = Run(config)
     sampler = torch.Generator(device).manual_seed(config.seed)  # tokens
     shuffler = torch.Generator().manual_seed(config.seed)  # prompts and minibatches
-    optimizer = adamw([actor], config.lr, eps=1e-5)
+    optimizer = adamw([actor], learning_rate(config.lr, actor, 3e-4, 1e-5), eps=1e-5)
     scheduler = linear_decay(optimizer, config.steps)
     controller = FixedKLController(config.kl_coef) if config.kl_target is None else \
         AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -235,15 +239,13 @@ def train(config):
         # 1. Roll out: sample responses, and score their tokens under policy, value head and reference.
         with autocast(device, config.precision):
             batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
-                             config.top_k, config.top_p, sampler)
+                             config.top_k, config.top_p, sampler, config.micro_batch_size)
         mask = batch.response_mask  # (B, R)
 
         # 2. Score the responses.
         records = [splits.train[i] for i in rows]
         scores = call_reward(reward, [r.prompt for r in records], batch.responses, [r.reference for r in records]).to(device)
-        if not torch.isfinite(scores).all():
-            bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
-            raise RunFailed(f"step {step}: the reward is not finite for rows {', '.join(str(records[i].id) for i in bad[:5])}")
+        check_finite(scores, records, f"step {step}")
         scores = final_scores(scores, batch.ended, config)  # (B,)
 
         # 3. KL-shaped rewards.

@@ -13,12 +13,12 @@ gain and bias give the SFT policy's samples scores of mean 0 and variance 1.
 """
 from dataclasses import dataclass
 
-from nanorlhf.config import option, parse
-from nanorlhf.options import DataOptions, RunOptions
+from nanorlhf.config import asked, option, parse
+from nanorlhf.options import DataOptions, TrainOptions
 
 
 @dataclass
-class Config(DataOptions, RunOptions):
+class Config(DataOptions, TrainOptions):
     out: str = option("runs/reward", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "backbone, a GPT-2 or encoder: a folder or a name; empty: the SFT policy", group="Model",
                         metavar="FOLDER_OR_NAME")
@@ -31,7 +31,7 @@ class Config(DataOptions, RunOptions):
     epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
     batch_size: int = option(16, "pairs (or ratings) of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "pairs (or ratings) of a forward pass", at_least=1)
-    lr: float = option(1e-3, "peak learning rate of AdamW", above=0)
+    lr: float | None = option(None, "peak learning rate of AdamW; none: 1e-3 below 20 million parameters, 2e-5 above", above=0)
     warmup: float = option(0.05, "share of the steps over which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
@@ -42,7 +42,7 @@ class Config(DataOptions, RunOptions):
 PRESETS = {
     "fast": {},
     "conala": {"data": "conala", "max_response": 64, "pair_rows": 0, "mutations": 2, "epochs": 1},
-    "research": {"model": "microsoft/codebert-base", "lr": 2e-5, "epochs": 3, "micro_batch_size": 16, "max_query": 128,
+    "research": {"model": "microsoft/codebert-base", "epochs": 3, "micro_batch_size": 16, "max_query": 128,
                  "max_response": 128, "pair_rows": 0},
     "production": {"model": "microsoft/codebert-base", "lr": 1e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 32,
                    "max_query": 128, "max_response": 128, "pair_rows": 0, "samples": 8, "precision": "bf16", "save_steps": 200},
@@ -57,16 +57,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorlhf.data import check_leakage, load_splits
+from nanorlhf.data import open_data
 from nanorlhf.errors import InputError
 from nanorlhf.evaluation import answer
 from nanorlhf.feedback import preference_pairs, write_pairs
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.losses import bradley_terry_loss, rating_loss
+from nanorlhf.pipeline import check_policy
 from nanorlhf.plots import plot_reward
 from nanorlhf.reward import RewardModel
-from nanorlhf.run import (Run, adamw, autocast, check_free, linear_decay, main, optimiser_step, pick_device,
-                          seed_everything)
+from nanorlhf.run import (Run, adamw, autocast, check_free, learning_rate, linear_decay, main, optimiser_step,
+                          pick_device, seed_everything)
 from nanorlhf.sequences import shuffled_batches
 from nanorlhf.tokenizer import Tokenizer
 
@@ -76,6 +77,7 @@ def load_policy(config, device):
     folder = Path(config.policy) if config.policy else Path(config.out).parent / "sft"
     if not config.policy and not folder.exists():
         return None, None
+    check_policy(folder, config)
     policy = GPT2.from_pretrained(folder).to(device)
     policy.check_length(config.max_query + config.max_response)
     return policy, Tokenizer.from_pretrained(folder)
@@ -92,21 +94,32 @@ def make_pairs(policy, tokenizer, records, config, seed):
 
 def examples(splits, policy, tokenizer, config):
     """(training rows, validation rows), each a list of dicts: pairs with chosen and rejected, or rated responses."""
-    if splits.train[0].chosen is not None:
+    first = splits.train[0]
+    idle = asked(config, "samples", "mutations", "pair_rows")
+    if idle and (first.chosen is not None or first.rating is not None):
+        raise InputError(f"{idle}: for pairs made from references, but --data {config.data} brings {splits.kind} rows: leave out")
+    if first.chosen is not None:
         return [[{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "source": "data"} for r in rows]
                 for rows in (splits.train, splits.validation)]
-    if splits.train[0].rating is not None:
+    if first.rating is not None:
+        unrated = [r.id for r in splits.train + splits.validation if r.rating is None]
+        if unrated:
+            raise InputError(f"--data {config.data}: {len(unrated)} rows have no rating, such as {unrated[0]}: rate all, or none")
+        if asked(config, "center_coef"):
+            raise InputError("--center-coef is for pairs; ratings say themselves where the scores are centred: leave it out")
         mean, std = mean_and_std([r.rating for r in splits.train])
         return [[{"prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std} for r in rows]
                 for rows in (splits.train, splits.validation)]
-    if splits.train[0].reference is None:
+    if first.reference is None:
         raise InputError(f"--data {config.data}: {splits.kind} rows carry no preference, rating or reference to learn from")
     if policy is None:
         raise InputError(f"--data {config.data} has references but no preferences: pairs are made from an SFT policy's samples, "
                          f"and there is no {Path(config.out).parent / 'sft'}; run train_sft.py first, or name one with --policy")
-    print(f"sampling {config.samples} answers to each of {min(config.pair_rows or len(splits.train), len(splits.train))} training and "
-          f"{len(splits.validation)} validation prompts, to make pairs")
-    some = random.Random(config.seed).sample(splits.train, min(config.pair_rows or len(splits.train), len(splits.train)))
+    if not config.policy:
+        check_policy(Path(config.out).parent / "sft", config, "data", "split_seed")  # samples of other rows' answers would leak
+    count = min(config.pair_rows or len(splits.train), len(splits.train))
+    print(f"sampling {config.samples} answers to each of {count} training and {len(splits.validation)} validation prompts, to make pairs")
+    some = random.Random(config.seed).sample(splits.train, count)
     return [make_pairs(policy, tokenizer, rows, config, config.seed * 1000 + i) for i, rows in enumerate((some, splits.validation))]
 
 
@@ -152,9 +165,7 @@ def train(config):
     check_free(config.out, config.overwrite)
     device = pick_device(config.gpu, config.device)
     seed_everything(config.seed)
-    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
-                         config.min_probability, config.skip_bad_rows)
-    leakage = check_leakage(splits, config.allow_overlap)
+    splits, leakage = open_data(config)
     policy, tokenizer = load_policy(config, device)
     if not config.model and policy is None:
         raise InputError(f"--model is empty and there is no {Path(config.out).parent / 'sft'} to start from: run train_sft.py first, "
@@ -173,7 +184,7 @@ def train(config):
         write_pairs(run.folder / "preferences_validation.jsonl", held_out)
     order = torch.Generator().manual_seed(config.seed)
     total_steps = config.epochs * -(-len(train_rows) // config.batch_size)
-    optimizer = adamw([model], config.lr, weight_decay=config.weight_decay)
+    optimizer = adamw([model], learning_rate(config.lr, model, 1e-3, 2e-5), weight_decay=config.weight_decay)
     scheduler = linear_decay(optimizer, total_steps, int(config.warmup * total_steps))
     lengths = [len(row["prompt"]) + len(row.get("chosen") or row.get("response") or "") for row in train_rows]
 

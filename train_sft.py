@@ -10,12 +10,13 @@ BPE trained on the training rows. The model kept is the one with the lowest vali
 """
 from dataclasses import dataclass
 
-from nanorlhf.config import option, parse
-from nanorlhf.options import DataOptions, RunOptions, refuse_conala_preset
+from nanorlhf.config import asked, option, parse
+from nanorlhf.errors import InputError
+from nanorlhf.options import DataOptions, TrainOptions
 
 
 @dataclass
-class Config(DataOptions, RunOptions):
+class Config(DataOptions, TrainOptions):
     out: str = option("runs/sft", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "GPT-2 to start from, a folder or a name such as gpt2; empty: random weights of the shape below",
                         group="Model", metavar="FOLDER_OR_NAME")
@@ -29,7 +30,7 @@ class Config(DataOptions, RunOptions):
     epochs: int = option(4, "passes over the training rows", group="Optimiser", at_least=1)
     batch_size: int = option(16, "rows of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "rows of a forward pass: fewer need less memory and change nothing else", at_least=1)
-    lr: float = option(2e-3, "peak learning rate of AdamW", above=0)
+    lr: float | None = option(None, "peak learning rate of AdamW; none: 2e-3 below 20 million parameters, 5e-5 above", above=0)
     warmup: float = option(0.05, "share of the steps over which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
@@ -38,14 +39,16 @@ class Config(DataOptions, RunOptions):
 
     def check(self):
         super().check()
-        refuse_conala_preset(self)
+        shape = asked(self, "n_layer", "n_head", "n_embd", "vocab_size", "dropout")
+        if self.model and shape:
+            raise InputError(f"{shape}: for random weights; --model {self.model} brings its own: leave out one of them")
 
 
 PRESETS = {
     "fast": {},
     "conala": {"data": "conala", "max_response": 64, "n_embd": 192, "n_head": 6, "vocab_size": 2000, "dropout": 0.1, "epochs": 12,
-               "lr": 1e-3, "patience": 4},
-    "research": {"model": "gpt2", "lr": 5e-5, "epochs": 5, "batch_size": 32, "micro_batch_size": 16,
+               "patience": 4},
+    "research": {"model": "gpt2", "epochs": 5, "batch_size": 32, "micro_batch_size": 16,
                  "label_smoothing": 0.0, "max_query": 128, "max_response": 128},
     "production": {"model": "gpt2-large", "lr": 2e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 8,
                    "label_smoothing": 0.0, "max_query": 128, "max_response": 128, "precision": "bf16", "save_steps": 200},
@@ -57,14 +60,13 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from nanorlhf.data import check_leakage, load_splits
-from nanorlhf.errors import InputError
+from nanorlhf.data import open_data
 from nanorlhf.evaluation import answer, in_words, known, summary
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.losses import sft_loss
 from nanorlhf.plots import plot_sft
-from nanorlhf.run import (Run, adamw, autocast, check_free, linear_decay, main, optimiser_step, pick_device,
-                          seed_everything)
+from nanorlhf.run import (Run, adamw, autocast, check_free, learning_rate, linear_decay, main, optimiser_step,
+                          pick_device, seed_everything)
 from nanorlhf.sequences import encode_queries, encode_responses, join, predict, shuffled_batches
 from nanorlhf.tokenizer import Tokenizer
 
@@ -123,9 +125,7 @@ def train(config):
     check_free(config.out, config.overwrite)
     device = pick_device(config.gpu, config.device)
     seed_everything(config.seed)
-    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
-                         config.min_probability, config.skip_bad_rows)
-    leakage = check_leakage(splits, config.allow_overlap)
+    splits, leakage = open_data(config)
     if any(row.answer is None for row in splits.train + splits.validation):
         raise InputError(f"--data {config.data}: prompts without answers cannot be fine-tuned on; give a reference each")
     model, tokenizer = build(config, splits)
@@ -139,7 +139,7 @@ def train(config):
     order = torch.Generator().manual_seed(config.seed)
     steps_per_epoch = -(-len(queries) // config.batch_size)
     total_steps = config.epochs * steps_per_epoch
-    optimizer = adamw([model], config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    optimizer = adamw([model], learning_rate(config.lr, model, 2e-3, 5e-5), weight_decay=config.weight_decay, betas=(0.9, 0.95))
     scheduler = linear_decay(optimizer, total_steps, int(config.warmup * total_steps))
     lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
 

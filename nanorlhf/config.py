@@ -182,8 +182,9 @@ def parse(cls, presets=None, argv=None, prog=None, exit_on_error=True):
 
     Args: cls, a dataclass of `option` fields; if it defines `check(self)`, that is called at the end and may raise
     InputError (for options that contradict each other). presets, {name: {field: value}}. argv, without the program.
-    Returns: an instance with two attributes more: `config_sources`, {field: "default" | "preset NAME" | path of the
-    file | "command line"}, and `config_preset`, the preset's name or None.
+    Returns: an instance with three attributes more: `config_sources`, {field: "default" | "preset NAME" | path of the
+    file | "command line"}, `config_preset`, the preset's name or None, and `config_baseline`, {field: value} before file and
+    command line.
     Errors: one line on stderr and exit code 2, or InputError with `exit_on_error=False`. `--help` prints and exits 0.
     """
     prog = prog or os.path.basename(sys.argv[0])
@@ -211,15 +212,17 @@ def _resolve(cls, presets, argv):
         if presets[preset] and not presets[preset].keys() - filed.keys():
             raise InputError(f"--preset {preset} changes nothing: {path} sets all its options; leave out one of them")
     values = {name: check_value(opt, opt.default, f"default of {name}") for name, opt in opts.items()}
+    baseline = values | presets.get(preset, {})
     sources = dict.fromkeys(opts, "default")
     for source, layer in ((f"preset {preset}", presets.get(preset, {})), (str(path), filed), ("command line", typed)):
         values.update(layer)
         sources.update(dict.fromkeys(layer, source))
-    return _build(cls, values, sources, preset)
+    return _build(cls, values, sources, preset, baseline)
 
 
-def _build(cls, values, sources, preset):
+def _build(cls, values, sources, preset, baseline):
     config = cls(**values)
+    object.__setattr__(config, "config_baseline", baseline)
     object.__setattr__(config, "config_sources", sources)  # object's: also sets on a frozen dataclass
     object.__setattr__(config, "config_preset", preset)
     if hasattr(config, "check"):
@@ -445,7 +448,15 @@ def replace(config, **changes):
         raise TypeError(f"{type(config).__name__} has no field {name!r}")
     changes = {name: check_value(opts[name], value, name) for name, value in changes.items()}
     sources = {**getattr(config, "config_sources", {}), **dict.fromkeys(changes, "replace")}
-    return _build(type(config), {**to_dict(config), **changes}, sources, getattr(config, "config_preset", None))
+    return _build(type(config), {**to_dict(config), **changes}, sources, getattr(config, "config_preset", None),
+                  getattr(config, "config_baseline", {name: opt.default for name, opt in opts.items()}))
+
+
+def asked(config, *names):
+    """The flags, as one text, of those options that differ from what defaults and preset say; "" if none does. For options
+    that would do nothing beside others: what was asked for is refused, what merely is there is not."""
+    baseline = getattr(config, "config_baseline", None) or {name: opt.default for name, opt in options(type(config)).items()}
+    return ", ".join("--" + name.replace("_", "-") for name in names if getattr(config, name) != baseline[name])
 
 
 def differences(config):

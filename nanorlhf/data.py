@@ -654,6 +654,13 @@ def check_leakage(splits, allow_overlap=False):
     return {"allow_overlap": allow_overlap, "overlap": overlap, "splits": reports}
 
 
+def open_data(config):
+    """(Splits, the leakage report) that a script's data options name."""
+    splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
+                         config.min_probability, config.skip_bad_rows)
+    return splits, check_leakage(splits, config.allow_overlap)
+
+
 # ----------------------------------------------------------------------------------------------------
 # The official CoNaLa archive
 

@@ -11,7 +11,8 @@ import torch
 from nanorlhf import metrics
 from nanorlhf.metrics.bootstrap import paired_bootstrap
 from nanorlhf.reward import call_reward
-from nanorlhf.rollout import decode, generate, score_tokens
+from nanorlhf.rollout import decode, generate, score_in_parts
+from nanorlhf.run import RunFailed, autocast
 from nanorlhf.sequences import encode_queries
 from nanorlhf.tokenizer import pad
 
@@ -21,7 +22,8 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
     """Answer each record's prompt once.
 
     Args:
-        model: a GPT2. records: list of Record. config: has template, max_query, max_response.
+        model: a GPT2. records: list of Record. config: has template, max_query, max_response, precision, and top_k and top_p
+            where answers are sampled with them.
         temperature: 0 is greedy.
         reference: a GPT2 to measure the KL against: per row the sum over tokens of log pi - log ref, an unbiased estimate
             of KL(policy || reference) where the tokens were sampled at temperature 1.
@@ -35,14 +37,18 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
     for start in range(0, len(records), batch_size):
         some = records[start:start + batch_size]
         ids, mask = (x.to(model.device) for x in pad(queries[start:start + batch_size], tokenizer.pad_id, "left"))
-        responses, response_mask, logprobs = generate(model, ids, mask, config.max_response, temperature,
-                                                      eos_id=tokenizer.eos_id, generator=generator)
+        with autocast(model.device, config.precision):
+            responses, response_mask, logprobs = generate(
+                model, ids, mask, config.max_response, temperature, getattr(config, "top_k", 0), getattr(config, "top_p", 1.0),
+                tokenizer.eos_id, generator)
         lengths = response_mask.sum(1)  # (B,)
         ended = responses.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eos_id
         columns = {"response": decode(tokenizer, responses, response_mask), "length": lengths.tolist(), "ended": ended.tolist()}
         if reference is not None:
             whole, whole_mask = torch.cat([ids, responses], 1), torch.cat([mask.bool(), response_mask], 1)
-            ref_logprobs, _, _ = score_tokens(reference, whole, whole_mask, responses.shape[1], temperature or 1.0)
+            with autocast(model.device, config.precision):
+                ref_logprobs, _, _ = score_in_parts(reference, whole, whole_mask, responses.shape[1], temperature or 1.0,
+                                                    config.micro_batch_size)
             columns["kl"] = ((logprobs - ref_logprobs) * response_mask).sum(1).tolist()
         for i, record in enumerate(some):
             rows.append({"id": record.id, "prompt": record.prompt, "reference": record.reference,
@@ -53,11 +59,20 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
 
 
 def add_rewards(rows, reward):
-    """Add each row's learned reward in place. `reward` is any callable (prompts, responses, references) -> (B,)."""
+    """Add each row's learned reward in place. `reward` is any callable (prompts, responses, references) -> (B,) finite scores."""
     scores = call_reward(reward, *([row[name] for row in rows] for name in ("prompt", "response", "reference")))
+    check_finite(scores, rows)
     for row, score in zip(rows, scores.tolist()):
         row["reward"] = score
     return rows
+
+
+def check_finite(scores, rows, when="validation"):
+    """RunFailed, naming the first rows (Records or dicts), if a score (B,) is not finite."""
+    bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
+    if bad:
+        names = [str(row["id"] if isinstance(row, dict) else row.id) for row in (rows[i] for i in bad[:5])]
+        raise RunFailed(f"{when}: the reward is not finite for {len(bad)} of {len(rows)} responses: rows {', '.join(names)}")
 
 
 def mean(rows, name):

@@ -120,6 +120,10 @@ class KVCache:
         self.values[layer, :, :, self.length:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def keep(self, rows):
+        """Forget all but some rows, an index or a mask (batch,)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
 
 class Conv1D(nn.Module):
     """x @ weight + bias with weight (in, out): GPT-2's name and layout for a linear layer."""

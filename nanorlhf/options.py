@@ -8,7 +8,7 @@ from nanorlhf.errors import InputError
 
 @dataclass
 class RunOptions:
-    """Where and on what a training runs."""
+    """Where and on what a script runs."""
     out: str = option("runs/run", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     overwrite: bool = option(False, "replace the run that --out holds")
     seed: int = option(0, "seed of everything random", at_least=0)
@@ -16,6 +16,11 @@ class RunOptions:
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     precision: str = option("fp32", "bf16 runs matrix products in bfloat16; weights and losses stay float32",
                          choices=("fp32", "bf16"))
+
+
+@dataclass
+class TrainOptions(RunOptions):
+    """What a training writes on its way."""
     save_steps: int = option(0, "write checkpoints/step-N every so many steps; 0: only the best and the final model", at_least=0)
     keep_checkpoints: int = option(3, "how many checkpoints/step-N to keep", at_least=1)
 
@@ -39,13 +44,6 @@ class DataOptions:
     def check(self):
         if "{prompt}" not in self.template:
             raise InputError(f"--template {self.template!r} has no {{prompt}}; write for example '{{prompt}}\\n'")
-
-
-def refuse_conala_preset(config):
-    """The conala preset's learning rates are for random weights: on pretrained ones they would undo the pretraining."""
-    if config.model and getattr(config, "config_preset", None) == "conala":
-        raise InputError(f"--preset conala is for random weights; from {config.model}: --preset research --data conala "
-                         f"--model {config.model}")
 
 
 def data_flags(config):

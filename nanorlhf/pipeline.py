@@ -71,6 +71,12 @@ def check_same(folder, wanted):
                              "or give an --out in another folder, beside which its own stages are made")
 
 
+def check_policy(folder, config, *names):
+    """InputError unless the run that made this policy, if it was one of ours, had the template (and other options) of `config`."""
+    if (Path(folder) / "config.toml").is_file():
+        check_same(folder, {name: getattr(config, name) for name in ("template", *names)})
+
+
 # ---- The whole job on several seeds, as a report
 
 @dataclass
@@ -169,4 +175,6 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    CONFIG = parse(Config)
+    from nanorlhf import run  # imports torch, which `ensure` and --help do without
+    run.main(main, CONFIG)

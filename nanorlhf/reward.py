@@ -208,7 +208,8 @@ def call_reward(reward, prompts, responses, references=None):
     references = [None] * len(prompts) if references is None else references
     scores = torch.as_tensor(reward(prompts, responses, references), dtype=torch.float32).flatten()
     if len(scores) != len(prompts):
-        raise InputError(f"the reward {reward!r} returned {len(scores)} scores for {len(prompts)} responses")
+        name = getattr(reward, "__name__", type(reward).__name__)
+        raise InputError(f"the reward {name} returned {len(scores)} scores for {len(prompts)} responses")
     return scores
 
 

@@ -53,25 +53,33 @@ def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=
 
 
 def _sample(model, queries, query_mask, max_new_tokens, temperature, top_k, top_p, eos_id, generator):
-    """The loop of `generate`: one column of tokens a turn."""
+    """The loop of `generate`: one column of tokens a turn. Once half of the rows have ended, they are left out of the rest."""
     batch, query_length = queries.shape
     cache = model.new_cache(batch, query_length + max_new_tokens)
     mask = torch.cat([query_mask != 0, query_mask.new_ones(batch, max_new_tokens, dtype=torch.bool)], 1)  # (B, Q + R)
-    going = torch.ones(batch, dtype=torch.bool, device=queries.device)  # (B,) rows that have not met EOS
-    inputs, columns = queries, []
+    responses = queries.new_full((batch, max_new_tokens), eos_id or 0)  # (B, R)
+    response_mask = torch.zeros_like(responses, dtype=torch.bool)  # (B, R)
+    logprobs = torch.zeros_like(responses, dtype=torch.float32)  # (B, R)
+    rows = torch.arange(batch, device=queries.device)  # (b,) the rows still computed
+    going = torch.ones_like(rows, dtype=torch.bool)  # (b,) those that have not met EOS
+    inputs = queries
     for t in range(max_new_tokens):
-        hidden = model.hidden(inputs, attention_mask=mask[:, :query_length + t], cache=cache)[:, -1]  # (B, C)
-        logp = log_softmax(model.logits(hidden), temperature or 1.0)  # (B, V)
-        tokens = logp.argmax(-1) if temperature == 0 else draw(logp, top_k, top_p, generator)  # (B,)
+        hidden = model.hidden(inputs, attention_mask=mask[rows, :query_length + t], cache=cache)[:, -1]  # (b, C)
+        logp = log_softmax(model.logits(hidden), temperature or 1.0)  # (b, V)
+        tokens = logp.argmax(-1) if temperature == 0 else draw(logp, top_k, top_p, generator)  # (b,)
         tokens = torch.where(going, tokens, eos_id or 0)
-        logprobs = logp.gather(1, tokens[:, None]).squeeze(1)  # (B,)
-        columns.append((tokens, going, torch.where(going, logprobs, 0)))
+        responses[rows, t], response_mask[rows, t] = tokens, going
+        logprobs[rows, t] = torch.where(going, logp.gather(1, tokens[:, None]).squeeze(1), 0)
         if eos_id is not None:
             going = going & (tokens != eos_id)
-        if not going.any():
+        left = int(going.sum())
+        if not left:
             break
+        if left <= len(rows) // 2:
+            cache.keep(going)
+            rows, tokens, going = rows[going], tokens[going], going[going]
         inputs = tokens[:, None]
-    return tuple(torch.stack(column, 1) for column in zip(*columns))
+    return responses[:, :t + 1], response_mask[:, :t + 1], logprobs[:, :t + 1]
 
 
 def draw(logp, top_k, top_p, generator):
@@ -131,7 +139,16 @@ def score_tokens(model, query_response, attention_mask, response_length, tempera
 
 
 @torch.no_grad()
-def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def score_in_parts(model, query_response, attention_mask, response_length, temperature, part=128):
+    """`score_tokens` without gradient, `part` rows at a time: never more than (part, R, V) logits in memory."""
+    columns = zip(*(score_tokens(model, ids, mask, response_length, temperature)
+                    for ids, mask in zip(query_response.split(part), attention_mask.split(part))))
+    return tuple(None if column[0] is None else torch.cat(column) for column in columns)
+
+
+@torch.no_grad()
+def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+             micro_batch_size=128):
     """Sample responses and score them with policy, value head and reference under the same padding.
 
     The policy's log-probs come from a scoring forward, not from the sampling loop: it is the computation that the update
@@ -141,6 +158,7 @@ def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1
         actor: a PolicyWithValue.
         reference: a GPT2 that does not change.
         queries: list of B lists of token ids.
+        micro_batch_size: rows of a scoring forward.
     Returns: a Rollout on the actor's device.
     """
     device = next(actor.parameters()).device
@@ -149,9 +167,9 @@ def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1
                                               tokenizer.eos_id, generator)
     query_response = torch.cat([query_ids, response_ids], 1)  # (B, T)
     attention_mask = torch.cat([query_mask.bool(), response_mask], 1)
-    length = response_ids.shape[1]
-    logprobs, entropy, values = score_tokens(actor, query_response, attention_mask, length, temperature or 1.0)
-    ref_logprobs, _, _ = score_tokens(reference, query_response, attention_mask, length, temperature or 1.0)
+    scored = (query_response, attention_mask, response_ids.shape[1], temperature or 1.0, micro_batch_size)
+    logprobs, entropy, values = score_in_parts(actor, *scored)
+    ref_logprobs, _, _ = score_in_parts(reference, *scored)
     last = response_mask.sum(1)  # (B,) column of `values` after the last token
     return Rollout(
         query_response, attention_mask, response_mask, logprobs, entropy, ref_logprobs, values[:, :-1],
@@ -161,5 +179,10 @@ def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1
 
 
 def decode(tokenizer, response_ids, response_mask):
-    """The responses as text, EOS left out."""
-    return [tokenizer.decode(ids[:length].tolist()) for ids, length in zip(response_ids.cpu(), response_mask.sum(1).tolist())]
+    """The responses as text, the EOS at the end left out. Special tokens sampled before the end stay in the text: a reward or a
+    metric must see them."""
+    texts = []
+    for ids, length in zip(response_ids.cpu(), response_mask.sum(1).tolist()):
+        ids = ids[:length].tolist()
+        texts.append(tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_id else ids, skip_special=False))
+    return texts

@@ -187,6 +187,18 @@ def adamw(modules, lr, eps=1e-8, weight_decay=0.0, betas=(0.9, 0.999)):
     return torch.optim.AdamW(groups, lr=lr, eps=eps, betas=betas)
 
 
+SMALL = 20_000_000  # parameters
+
+
+def learning_rate(asked, model, small, large):
+    """What --lr asks for, or else the rate for a model of this size: models below 20 million parameters have been trained from
+    random weights and take `small`, larger ones are pretrained, and `small` would undo that. Says which."""
+    count = sum(p.numel() for p in model.parameters())
+    rate = asked if asked is not None else small if count < SMALL else large
+    print(f"learning rate {rate:g}" + (f", for {count:,} parameters (--lr sets another)" if asked is None else ""))
+    return rate
+
+
 def linear_decay(optimizer, total_steps, warmup_steps=0):
     """Learning rate: linear from 0 over the warm-up, then linear to 0 at total_steps."""
     def scale(step):

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.config import (check_value, differences, group, help_text, option, options, parse, replace, save, to_dict,
-                             to_toml)
+from nanorlhf.config import (asked, check_value, differences, group, help_text, option, options, parse, replace, save,
+                             to_dict, to_toml)
 from nanorlhf.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -404,6 +404,17 @@ def test_differences_tell_value_source_and_default():
         "lr = 0.0001 (preset fast; default 1e-05)", "early_stop = false (preset fast; default true)",
         "batch_size = 8 (preset fast; default 32)"]
     assert differences(Config(seed=7)) == ["seed = 7 (set; default 0)"]
+
+
+def test_asked_names_what_differs_from_defaults_and_preset(tmp_path):
+    """fast sets lr 1e-4 and batch_size 8: typing the preset's or the default's value asks for nothing, nor does a saved file."""
+    assert asked(run(), "lr", "seed") == ""
+    assert asked(run("--preset", "fast", "--seed", "0", "--batch-size", "8"), "lr", "seed", "batch_size") == ""
+    config = run("--preset", "fast", "--lr", "1", "--batch-size", "9", "--gpu", "0")
+    assert asked(config, "lr", "seed", "batch_size") == "--lr, --batch-size"
+    save(run("--preset", "fast"), tmp_path / "c.toml")
+    assert asked(run("--config", str(tmp_path / "c.toml")), "lr", "batch_size") == ""
+    assert asked(replace(run(), lr=1), "lr") == "--lr" and asked(Config(seed=3), "seed", "lr") == "--seed"
 
 
 def test_to_dict_is_plain_and_whole():

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
-from nanorlhf.rollout import Rollout, decode, generate, roll_out, score_tokens
-from nanorlhf.tokenizer import pad
+from nanorlhf.rollout import Rollout, decode, generate, roll_out, score_in_parts, score_tokens
+from nanorlhf.tokenizer import Tokenizer, pad
 
 BASE = dict(vocab_size=40, n_positions=32, n_embd=24, n_layer=2, n_head=3)
 EOS = 9
@@ -50,7 +50,12 @@ class Scripted(nn.Module):
         self.config = GPT2Config(vocab_size=table.shape[-1], n_positions=64, n_embd=2, n_layer=1, n_head=1)
 
     def new_cache(self, batch_size, max_length):
-        return SimpleNamespace(length=0)
+        self.rows = torch.arange(batch_size)
+
+        def keep(rows):
+            self.rows = self.rows[rows]
+
+        return SimpleNamespace(length=0, keep=keep)
 
     def hidden(self, inputs, attention_mask, cache):
         self.calls += 1
@@ -58,7 +63,7 @@ class Scripted(nn.Module):
         return torch.full((*inputs.shape, 1), float(self.calls - 1))
 
     def logits(self, hidden):
-        return self.table[int(hidden[0, 0])]
+        return self.table[int(hidden[0, 0])][self.rows]
 
 
 def script(rows, vocab=12):
@@ -346,8 +351,9 @@ def test_extreme_logits_stay_finite():
 
 # ------------------------------------------------------------------------------------------------------------- roll_out
 
-def spell(ids):
-    return " ".join(str(i) for i in ids if i != EOS)
+def spell(ids, skip_special):
+    assert skip_special is False, "a special token sampled before the end must stay visible"
+    return " ".join(map(str, ids))
 
 
 TOKENIZER = SimpleNamespace(pad_id=EOS, eos_id=EOS, decode=spell)  # pad == eos, as GPT-2 has it
@@ -381,7 +387,7 @@ def test_rollout_lines_up(rolled):
         assert batch.response_mask[row].tolist() == [t < length for t in range(R)]
         response = ids[Q:Q + length].tolist()
         assert EOS not in response[:-1] and batch.ended[row] == (response[-1] == EOS)
-        assert batch.responses[row] == spell(response)
+        assert batch.responses[row] == spell(response[:-1] if response[-1] == EOS else response, False)
     assert batch.ended.any() and not batch.ended.all(), "both ways of ending should be here"
 
 
@@ -429,6 +435,44 @@ def test_eos_in_the_last_slot_has_ended():
     batch = roll_out(actor, reference, tokenizer, QUERIES, 4, 0.0)
     expected = [tokenizer.eos_id in row for row in greedy.tolist()]
     assert batch.ended.tolist() == expected and expected[0]
+
+
+def test_special_tokens_before_the_end_stay_in_the_text():
+    """Responses [4, PAD, 5, EOS] and [PAD, 4]: only the closing EOS goes. A dropped <|pad|> would let a policy write what neither
+    reward nor exact match sees."""
+    tokenizer = Tokenizer.train(["x = 1\n"] * 4, 300)
+    x, pad_id, eos_id = tokenizer.encode("x")[0], tokenizer.pad_id, tokenizer.eos_id
+    assert pad_id != eos_id
+    ids, mask = pad([[x, pad_id, x, eos_id], [pad_id, x]], eos_id, "right")
+    name = tokenizer.decode([pad_id], skip_special=False)
+    assert name and decode(tokenizer, ids, mask) == [f"x{name}x", f"{name}x"]
+
+
+def test_ended_rows_are_left_out_and_the_others_go_on():
+    """Rows end after 1, 2, 3, 4, 5 and 6 tokens: each turn's cache holds fewer rows, every row is written in its own place."""
+    lengths = [3, 1, 6, 2, 5, 4]
+    model = Scripted(script([[row + 1] * (n - 1) + [9] * (7 - n) for row, n in enumerate(lengths)]))
+    sizes, new_cache = [], model.new_cache
+    def counted(batch_size, max_length):
+        cache = new_cache(batch_size, max_length)
+        keep = cache.keep
+        cache.keep = lambda rows: (keep(rows), sizes.append(len(model.rows)))
+        return cache
+    model.new_cache = counted
+    ones = torch.ones(6, 1, dtype=torch.long)
+    responses, mask, _ = generate(model, ones, ones, 6, 0, eos_id=9)
+    assert mask.sum(1).tolist() == lengths and sizes == [3, 1]
+    for row, n in enumerate(lengths):
+        assert responses[row].tolist() == [row + 1] * (n - 1) + [9] * (7 - n)
+
+
+def test_scoring_in_parts_is_scoring_whole(rolled):
+    actor, reference, batch = rolled
+    whole = score_tokens(actor, batch.query_response, batch.attention_mask, 12, 0.8)
+    for part in (1, 4, 100):
+        for a, b in zip(whole, score_in_parts(actor, batch.query_response, batch.attention_mask, 12, 0.8, part)):
+            assert not b.requires_grad and torch.allclose(a, b, atol=1e-6)
+    assert score_in_parts(reference, batch.query_response, batch.attention_mask, 12, 0.8, 4)[2] is None
 
 
 def test_select_takes_the_rows_of_every_tensor(rolled):

@@ -29,7 +29,7 @@ from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.masked import whiten
 from nanorlhf.metrics import METRIC_NAMES, conala_bleu
 from nanorlhf.rollout import roll_out, score_tokens
-from nanorlhf.run import adamw, main
+from nanorlhf.run import adamw, learning_rate, main
 from nanorlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -408,7 +408,7 @@ def test_ratings_and_an_encoder_with_its_own_tokenizer(home, tmp_path):
                       [{"prompt": f"add {n} to xs", "response": f"xs + {n}", "rating": n % 5 + 1}
                                                    for n in range(40)])
     assert launch("train_reward", "--data", data, "--model", str(tmp_path / "bert"), "--out", str(tmp_path / "reward"),
-                  *TEXT, *REWARD) == 0
+                  *TEXT, *REWARD[4:]) == 0
     results = json.loads((tmp_path / "reward" / "results.json").read_text())
     assert "eval/error" in results["validation"]
     assert (tmp_path / "reward" / "final" / "vocab.txt").is_file()
@@ -528,7 +528,7 @@ def rolled(temperature=0.7, seed=0):
             parameter.add_(0.2 * torch.randn_like(parameter))
     actor = PolicyWithValue(models[0])
     nn.init.normal_(actor.value_head.weight, std=0.1)
-    tokenizer = SimpleNamespace(pad_id=EOS, eos_id=EOS, decode=str)
+    tokenizer = SimpleNamespace(pad_id=EOS, eos_id=EOS, decode=lambda ids, skip_special: str(ids))
     batch = roll_out(actor, models[1], tokenizer, QUERIES * 3, 14, temperature,
                      generator=torch.Generator().manual_seed(seed))
     rewards = shape_rewards(torch.randn(12), batch.logprobs - batch.ref_logprobs, batch.response_mask, 0.1)
@@ -539,7 +539,7 @@ def rolled(temperature=0.7, seed=0):
 
 def updated(actor, batch, advantages, returns, *words, optimizer=None):
     config = settings(train_ppo, "--temperature", "0.7", "--batch-size", "12", *words)
-    optimizer = optimizer or adamw([actor], config.lr, eps=1e-5)
+    optimizer = optimizer or adamw([actor], config.lr or 3e-4, eps=1e-5)
     return train_ppo.update(actor, optimizer, batch, advantages, returns, config, torch.Generator().manual_seed(0), 1)
 
 
@@ -773,6 +773,14 @@ def test_validation_means_weigh_pairs_equally(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- bad input
 
+def rated(path, unrated=None):
+    """30 responses with ratings, but for one where a row's number is given."""
+    rows = [{"prompt": f"task {n}", "response": f"x + {n}", "rating": n % 5} for n in range(30)]
+    if unrated is not None:
+        del rows[unrated]["rating"]
+    return write_rows(path, rows)
+
+
 @pytest.fixture(scope="module")
 def bad(home):
     """Faulty data beside the good: {name: path}."""
@@ -785,6 +793,7 @@ def bad(home):
     return {"leaking": str(leaking), "columns": write_rows(home / "columns.jsonl", [{"question": "a", "answer": "b"}]),
             "prompts": str(home / "bare.json"),
             "few": write_rows(home / "few.jsonl", rows[:2]), "pairs": preferences(home / "pairs.jsonl"),
+            "ratings": rated(home / "ratings.jsonl"), "half_rated": rated(home / "half_rated.jsonl", 2),
             "data": str(home / "data.jsonl"), "sft": str(home / "runs" / "sft"),
             "reward": str(home / "runs" / "reward"), "nowhere": str(home / "nowhere" / "model")}
 
@@ -825,6 +834,14 @@ BAD = [  # scripts, words, what the line must name. {name} is a path of `bad`
     ("train_dpo", "--loss-type ipo --label-smoothing 0.1", "--label-smoothing"),
     ("train_dpo", "--loss-type robust --label-smoothing 0.5", "0.5"),
     ("train_dpo", "--ipo-sum", "--loss-type ipo"),
+    ("train_sft", "--data {data} --model {sft} --n-layer 3 --n-head 2", "--n-head: for random weights"),  # 3 is the default
+    ("train_ppo", "--combine min --reward {reward}", "several rewards"),
+    ("train_ppo", "--kl-horizon 5", "--kl-target"),
+    ("train_reward", "--data {pairs} --model {sft} --samples 3", "--samples"),
+    ("train_reward", "--data {ratings} --model {sft} --center-coef 0.5", "--center-coef"),
+    ("train_reward", "--data {half_rated} --model {sft}", "no rating"),
+    ("train_reward", "--data {data} --policy {sft} --model {sft} --template {prompt}:", "template"),
+    ("train_ppo train_dpo", "--data {data} --policy {sft} --template {prompt}:", "template"),
 ]
 
 
@@ -834,7 +851,7 @@ BAD = [  # scripts, words, what the line must name. {name} is a path of `bad`
 def test_bad_input_is_one_line(script, words, named, bad, tmp_path, capsys):
     """Exit 2, one line on stderr that names the fault, and nothing written, neither the run folder nor a stage."""
     out = tmp_path / "runs" / "new"
-    words = words.format(**bad).replace("{prompt}", "prompt").split() if "{" in words else words.split()
+    words = words.replace("{prompt}", "{{prompt}}").format(**bad).split()
     assert launch(script, "--out", str(out), *TEXT, *words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "error: " in error, error
@@ -875,8 +892,8 @@ def test_a_reward_with_the_wrong_number_of_scores(home, bad, monkeypatch, capsys
     assert not (out / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("rows, words", [(4, "step 0: the validation score is nan"),
-                                         (8, "step 1: the reward is not finite for rows ")],
+@pytest.mark.parametrize("rows, words", [(4, "validation: the reward is not finite for 4 of 4 responses: rows words2"),
+                                         (8, "step 1: the reward is not finite for 8 of 8 responses: rows ")],
                          ids=["validation", "training"])
 def test_a_reward_that_is_not_finite_stops_the_run(home, bad, monkeypatch, capsys, rows, words):
     """NaN for batches of one size, 4 validation rows or 8 training rows: exit 1, one line that names the step, before
