@@ -49,7 +49,7 @@ from nanorlhf.gpt2 import GPT2
 from nanorlhf.metrics import evaluate
 from nanorlhf.pipeline import check_policy
 from nanorlhf.reward import load_reward
-from nanorlhf.run import Run, check_free, main, pick_device, seed_everything
+from nanorlhf.run import Run, check_run, main, pick_device, seed_everything
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -88,7 +88,7 @@ def table(split, results, gains):
 
 
 def run_evaluation(config):
-    check_free(config.out, config.overwrite)
+    check_run(config)
     device = pick_device(config.gpu, config.device)
     seed_everything(config.seed)
     splits, leakage = open_data(config)

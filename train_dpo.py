@@ -33,7 +33,7 @@ class Config(DataOptions, TrainOptions):
     epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
     batch_size: int = option(64, "pairs of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "pairs of a forward pass; fewer need less memory and change nothing else", at_least=1)
-    lr: float | None = option(None, "peak learning rate of AdamW; none: 6e-5 below 20 million parameters, 1e-6 above", above=0)
+    lr: float | None = option(None, "peak learning rate of AdamW; none: 6e-5 * 128 / width below 20 million parameters, 1e-6 above", above=0)
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.0, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
@@ -76,14 +76,15 @@ from tqdm import tqdm
 from nanorlhf import pipeline
 from nanorlhf.data import open_data, read
 from nanorlhf.evaluation import add_rewards, answer, known, report, summary
+from nanorlhf.feedback import PAIR_FILES
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.logprobs import token_logprobs
 from nanorlhf.losses import dpo_loss
 from nanorlhf.plots import plot_dpo
 from nanorlhf.reward import load_reward
-from nanorlhf.run import (Run, adamw, autocast, check_free, learning_rate, linear_decay, main, optimiser_step,
-                          pick_device, seed_everything)
-from nanorlhf.sequences import encode_queries, encode_responses, join, predict, shuffled_batches
+from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
+                          pick_device, seed_everything, set_lr)
+from nanorlhf.sequences import encode_queries, encode_responses, join, predict, epoch_batches
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -150,7 +151,7 @@ def validate(model, tokenizer, pairs, ref_logps, config):
 
 
 def train(config):
-    check_free(config.out, config.overwrite)
+    checkpoint = check_run(config)
     device = pick_device(config.gpu, config.device)
     sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
     splits, leakage = open_data(config)
@@ -164,27 +165,27 @@ def train(config):
     train_pairs, held_out = splits.train, splits.validation
     if splits.train[0].chosen is None:
         pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy)
-        train_pairs = read(reward_folder / "preferences.jsonl", "preference")
-        held_out = read(reward_folder / "preferences_validation.jsonl", "preference")
+        train_pairs, held_out = (read(reward_folder / name, "preference") for name in PAIR_FILES)
         reward = reward or load_reward([str(reward_folder)], "mean", device)
     seed_everything(config.seed)
     folder = config.policy or str(sft)
     tokenizer = Tokenizer.from_pretrained(folder)
-    policy, reference = GPT2.from_pretrained(folder).to(device), GPT2.from_pretrained(folder).to(device)
+    policy, reference = GPT2.from_pretrained(checkpoint or folder).to(device), GPT2.from_pretrained(folder).to(device)
     tokenizer.check_fits(policy.config.vocab_size, folder)
     policy.check_length(config.max_query + config.max_response)
-    train_pairs, held_out = encode(tokenizer, train_pairs, config), encode(tokenizer, held_out, config)
-    print(f"data: {splits.source}; {len(train_pairs)} training and {len(held_out)} validation pairs\n"
+    encoded, held_out = encode(tokenizer, train_pairs, config), encode(tokenizer, held_out, config)
+    print(f"data: {splits.source}; {len(encoded)} training and {len(held_out)} validation pairs\n"
           f"policy and reference: {folder}; evaluated by: {'validation pairs only' if reward is None else ', '.join(config.reward) or reward_folder}")
 
-    ref_logps = reference_logps(reference, tokenizer, train_pairs, config)  # (N, 2)
+    ref_logps = reference_logps(reference, tokenizer, encoded, config)  # (N, 2)
     held_out_ref_logps = reference_logps(reference, tokenizer, held_out, config)
-    run = Run(config)
-    order = torch.Generator().manual_seed(config.seed)
-    total_steps = config.epochs * -(-len(train_pairs) // config.batch_size)
-    optimizer = adamw([policy], learning_rate(config.lr, policy, 6e-5, 1e-6), weight_decay=config.weight_decay)
-    scheduler = linear_decay(optimizer, total_steps, int(config.warmup * total_steps))
-    lengths = [len(query) + max(len(chosen), len(rejected)) for query, chosen, rejected in train_pairs]
+    run = Run(config, checkpoint)
+    total_steps = config.epochs * -(-len(encoded) // config.batch_size)
+    warmup_steps = int(config.warmup * total_steps)
+    lr = learning_rate(config.lr, policy, policy.config.n_embd, 6e-5, 1e-6)
+    optimizer = adamw([policy], lr, weight_decay=config.weight_decay)
+    lengths = [len(query) + max(len(chosen), len(rejected)) for query, chosen, rejected in encoded]
+    step, _ = run.restore(optimizer)
 
     def save(folder):
         policy.save_pretrained(folder)
@@ -203,35 +204,27 @@ def train(config):
             f"{name} {numbers[f'eval/{name}']:.3f}" for name in ("loss", "accuracy", "reward", "exact_match", "kl")
             if f"eval/{name}" in numbers))
 
-    evaluate(0)
-    step, stopped, bar = 0, False, tqdm(total=total_steps, desc="DPO", unit="step", mininterval=1)
-    for epoch in range(1, config.epochs + 1):
-        for batch in shuffled_batches(lengths, config.batch_size, order):
-            step += 1
+    if not step:
+        evaluate(0)
+    with run, tqdm(total=total_steps, initial=step, desc="DPO", unit="step", mininterval=1) as bar:
+        batches = epoch_batches(lengths, config.batch_size, config.epochs, config.seed, done=step)
+        for step, epoch, batch, _ in run.until_stalled(batches, config.patience):
             sums = {}
             for start in range(0, len(batch), config.micro_batch_size):
                 rows = batch[start:start + config.micro_batch_size]
-                losses, stats = batch_loss(policy, tokenizer, [train_pairs[i] for i in rows], ref_logps[rows], config)
+                losses, stats = batch_loss(policy, tokenizer, [encoded[i] for i in rows], ref_logps[rows], config)
                 (losses.sum() / len(batch)).backward()
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + value * len(rows) / len(batch)
-            grad_norm = optimiser_step(optimizer, sums["loss"], config.max_grad_norm, step)
-            run.log(step, {**sums, "lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm, "epoch": epoch})
-            scheduler.step()
+            rate = set_lr(optimizer, lr * linear_decay(step, total_steps, warmup_steps))
+            grad_norm = optimiser_step(optimizer, sums["loss"], config.max_grad_norm, step, [train_pairs[i].id for i in batch])
+            run.log(step, {**sums, "lr": rate, "grad_norm": grad_norm, "epoch": epoch})
             bar.update()
             bar.set_postfix(loss=f"{sums['loss']:.3f}", reward=f"{sums['rewards/margin']:.2f}",
                             accuracy=f"{sums['rewards/accuracy']:.2f}", refresh=False)
-            if config.save_steps and step % config.save_steps == 0:
-                run.checkpoint(step, save, config.keep_checkpoints)
             if step % config.eval_every == 0 or step == total_steps:
                 evaluate(step)
-                stopped = bool(config.patience) and run.misses >= config.patience
-                if stopped:
-                    tqdm.write(f"no better evaluation for {run.misses} evaluations: stopping")
-                    break
-        if stopped:
-            break
-    bar.close()
+            run.end_step(step, save, optimizer)
 
     policy.load_state_dict(GPT2.from_pretrained(run.folder / "best").state_dict())
     results = {} if reward is None else report(run.folder, {"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference)

@@ -50,8 +50,8 @@ class Config(DataOptions, TrainOptions):
     minibatch_size: int = option(128, "responses of an optimiser step", at_least=1)
     micro_batch_size: int = option(128, "responses of a forward pass; fewer need less memory and change nothing else", at_least=1)
     ppo_epochs: int = option(2, "passes over a step's responses", at_least=1)
-    lr: float | None = option(None, "learning rate of AdamW at the start, which falls linearly to 0; none: 3e-4 below 20 million "
-                              "parameters, 1e-5 above", above=0)
+    lr: float | None = option(None, "learning rate of AdamW at the start, which falls linearly to 0; none: 3e-4 * 128 / width "
+                              "below 20 million parameters, 1e-5 above", above=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
     gamma: float = option(1.0, "discount of later rewards", group="PPO", at_least=0, at_most=1)
     lam: float = option(0.95, "lambda of GAE", at_least=0, at_most=1)
@@ -107,6 +107,7 @@ from tqdm import tqdm
 
 from nanorlhf import pipeline
 from nanorlhf.advantages import AdaptiveKLController, FixedKLController, gae, shape_rewards
+from nanorlhf.checkpoint import stream
 from nanorlhf.data import open_data
 from nanorlhf.evaluation import add_rewards, answer, check_finite, in_words, known, report, summary
 from nanorlhf.gpt2 import GPT2, PolicyWithValue
@@ -116,20 +117,19 @@ from nanorlhf.masked import masked_mean, masked_var, whiten
 from nanorlhf.plots import plot_ppo
 from nanorlhf.reward import call_reward, load_reward
 from nanorlhf.rollout import roll_out, score_tokens
-from nanorlhf.run import (Run, adamw, autocast, check_free, learning_rate, linear_decay, main, optimiser_step,
-                          pick_device, seed_everything)
+from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
+                          pick_device, seed_everything, set_lr)
 from nanorlhf.sequences import encode_queries
 from nanorlhf.tokenizer import Tokenizer
 
 
-def prompt_batches(count, batch_size, generator):
-    """Row indices for ever: shuffled passes over all rows, cut into batches; a set smaller than a batch repeats within it."""
-    rows = []
-    while True:
-        while len(rows) < batch_size:
-            rows += torch.randperm(count, generator=generator).tolist()
-        yield rows[:batch_size]
-        rows = rows[batch_size:]
+def prompt_rows(step, count, batch_size, seed):
+    """The row indices of a step, from 1: shuffled passes over all rows, without end, are cut into batches; a set smaller than a
+    batch repeats within it. They depend on the step and the seed alone, so that a resumed run takes the rows that are next."""
+    first, last = (step - 1) * batch_size, step * batch_size - 1
+    rows = [row for number in range(first // count, last // count + 1)
+            for row in torch.randperm(count, generator=stream(seed, "prompts", number)).tolist()]
+    return rows[first % count:first % count + batch_size]
 
 
 def final_scores(scores, ended, config):
@@ -143,9 +143,9 @@ def final_scores(scores, ended, config):
     return torch.where(ended, scores, penalised)
 
 
-def update(actor, optimizer, batch, advantages, returns, config, generator, step):
+def update(actor, optimizer, batch, advantages, returns, config, step, ids=()):
     """Step 5: epochs of minibatches. Returns the mean of each statistic over the optimiser steps taken."""
-    sums, taken = {}, 0
+    sums, taken, generator = {}, 0, stream(config.seed, "minibatches", step)
     for _ in range(config.ppo_epochs):
         order, epoch_kl = torch.randperm(len(advantages), generator=generator), []
         for minibatch in order.split(config.minibatch_size):
@@ -157,7 +157,8 @@ def update(actor, optimizer, batch, advantages, returns, config, generator, step
                 (loss * share).backward()
                 for name, value in micro_stats.items():
                     stats[name] = stats.get(name, 0.0) + value * share
-            stats["grad_norm"] = optimiser_step(optimizer, stats["loss/total"], config.max_grad_norm, step)
+            stats["grad_norm"] = optimiser_step(optimizer, stats["loss/total"], config.max_grad_norm, step,
+                                                [ids[i] for i in minibatch.tolist()] if ids else ())
             sums, taken = {name: sums.get(name, 0.0) + value for name, value in stats.items()}, taken + 1
             epoch_kl.append(stats["policy/approx_kl"])
         if config.target_kl is not None and sum(epoch_kl) / len(epoch_kl) > config.target_kl:
@@ -185,38 +186,43 @@ def explained_variance(values, returns, mask):
     return (1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12)).item()
 
 
-def train(config):
-    check_free(config.out, config.overwrite)
-    device = pick_device(config.gpu, config.device)
-    sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
-    splits, leakage = open_data(config)
+def make_stages(config, device):
+    """(the folder of the SFT policy, the reward, the reward's name); a stage that is missing is made first."""
+    beside = Path(config.out).parent
     reward = load_reward(config.reward, config.combine, device) if config.reward else None  # a bad one is found before any training
     if config.policy:
         pipeline.check_policy(config.policy, config)
     else:
-        pipeline.ensure("train_sft.py", sft, config, model=config.model)
-    if not config.reward:
-        pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy)
-        reward = load_reward([str(reward_folder)], config.combine, device)
+        pipeline.ensure("train_sft.py", beside / "sft", config, model=config.model)
+    if reward is None:
+        pipeline.ensure("train_reward.py", beside / "reward", config, policy=config.policy)
+        reward = load_reward([str(beside / "reward")], config.combine, device)
+    return config.policy or str(beside / "sft"), reward, ", ".join(config.reward) or str(beside / "reward")
+
+
+def train(config):
+    checkpoint = check_run(config)
+    device = pick_device(config.gpu, config.device)
+    splits, leakage = open_data(config)
+    folder, reward, reward_name = make_stages(config, device)
     seed_everything(config.seed)
-    folder = config.policy or str(sft)
     tokenizer = Tokenizer.from_pretrained(folder)
-    actor, reference = PolicyWithValue(GPT2.from_pretrained(folder)).to(device), GPT2.from_pretrained(folder).to(device)
+    reference = GPT2.from_pretrained(folder).to(device).requires_grad_(False)
+    actor = PolicyWithValue.from_pretrained(checkpoint or folder).to(device)
     tokenizer.check_fits(reference.config.vocab_size, folder)
     reference.check_length(config.max_query + config.max_response)
-    reference.requires_grad_(False)
     call_reward(reward, [splits.train[0].prompt], [""], [splits.train[0].reference])  # one that cannot score fails here, not at step 1
     queries, cut = encode_queries(tokenizer, [row.prompt for row in splits.train], config.template, config.max_query)
     print(f"data: {splits.source}; {len(queries)} training prompts" + (f", {cut} cut to {config.max_query} tokens" if cut else "")
-          + f"\npolicy and reference: {folder}; reward: {', '.join(config.reward) or reward_folder}")
+          + f"\npolicy and reference: {folder}; reward: {reward_name}")
 
-    run = Run(config)
-    sampler = torch.Generator(device).manual_seed(config.seed)  # tokens
-    shuffler = torch.Generator().manual_seed(config.seed)  # prompts and minibatches
-    optimizer = adamw([actor], learning_rate(config.lr, actor, 3e-4, 1e-5), eps=1e-5)
-    scheduler = linear_decay(optimizer, config.steps)
+    run = Run(config, checkpoint)
+    lr = learning_rate(config.lr, actor, reference.config.n_embd, 3e-4, 1e-5)
+    optimizer = adamw([actor], lr, eps=1e-5)
     controller = FixedKLController(config.kl_coef) if config.kl_target is None else \
         AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+    step, resumed = run.restore(optimizer)
+    controller.value = resumed.get("kl_coef", controller.value)
 
     def save(folder):
         actor.save_pretrained(folder)
@@ -231,61 +237,56 @@ def train(config):
         run.keep_best(step, numbers["reward"], save)
         tqdm.write(f"step {step}: validation {in_words(numbers)}")
 
-    evaluate(0)
-    bar = tqdm(prompt_batches(len(queries), config.batch_size, shuffler), total=config.steps, desc="PPO", unit="step")
-    for step, rows in enumerate(bar, start=1):
-        started = time.perf_counter()
+    if not step:
+        evaluate(0)
+    with run, tqdm(total=config.steps, initial=step, desc="PPO", unit="step") as bar:
+        for step in run.until_stalled(range(step + 1, config.steps + 1), config.patience):
+            started = time.perf_counter()
+            rows = prompt_rows(step, len(queries), config.batch_size, config.seed)
+            records = [splits.train[i] for i in rows]
 
-        # 1. Roll out: sample responses, and score their tokens under policy, value head and reference.
-        with autocast(device, config.precision):
-            batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
-                             config.top_k, config.top_p, sampler, config.micro_batch_size)
-        mask = batch.response_mask  # (B, R)
+            # 1. Roll out: sample responses, and score their tokens under policy, value head and reference.
+            with autocast(device, config.precision):
+                batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
+                                 config.top_k, config.top_p, stream(config.seed, "tokens", step, device), config.micro_batch_size)
+            mask = batch.response_mask  # (B, R)
 
-        # 2. Score the responses.
-        records = [splits.train[i] for i in rows]
-        scores = call_reward(reward, [r.prompt for r in records], batch.responses, [r.reference for r in records]).to(device)
-        check_finite(scores, records, f"step {step}")
-        scores = final_scores(scores, batch.ended, config)  # (B,)
+            # 2. Score the responses.
+            scores = call_reward(reward, [r.prompt for r in records], batch.responses, [r.reference for r in records]).to(device)
+            check_finite(scores, records, f"step {step}")
+            scores = final_scores(scores, batch.ended, config)  # (B,)
 
-        # 3. KL-shaped rewards.
-        kl = kl_estimate(batch.logprobs, batch.ref_logprobs, config.kl_estimator)  # (B, R)
-        rewards = shape_rewards(scores, kl, mask, controller.value)
+            # 3. KL-shaped rewards.
+            kl = kl_estimate(batch.logprobs, batch.ref_logprobs, config.kl_estimator)  # (B, R)
+            rewards = shape_rewards(scores, kl, mask, controller.value)
 
-        # 4. Advantages and returns.
-        last_values = torch.where(batch.ended, 0, batch.last_values) if config.bootstrap_truncated else None
-        advantages, returns = gae(rewards, batch.values, mask, config.gamma, config.lam, last_values)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        rolled_out = time.perf_counter()
+            # 4. Advantages and returns.
+            last_values = torch.where(batch.ended, 0, batch.last_values) if config.bootstrap_truncated else None
+            advantages, returns = gae(rewards, batch.values, mask, config.gamma, config.lam, last_values)
+            if config.whiten_advantages:
+                advantages = whiten(advantages, mask)
+            rolled_out = time.perf_counter()
 
-        # 5. Epochs of minibatches.
-        stats = update(actor, optimizer, batch, advantages, returns, config, shuffler, step)
+            # 5. Epochs of minibatches.
+            rate = set_lr(optimizer, lr * linear_decay(step, config.steps))
+            stats = update(actor, optimizer, batch, advantages, returns, config, step, [r.id for r in records])
 
-        # 6. KL controller, log, evaluate, save.
-        response_kl = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
-        run.log(step, {
-            "objective/score": scores.mean().item(), "objective/score_std": scores.std(unbiased=False).item(),
-            "objective/rewards": rewards.sum(1).mean().item(), "objective/kl": response_kl,
-            "objective/kl_k3": (kl_estimate(batch.logprobs, batch.ref_logprobs, "k3") * mask).sum(1).mean().item(),
-            "objective/kl_coef": controller.value, **stats,
-            "value/explained_variance": explained_variance(batch.values, returns, mask),
-            "response/length": batch.lengths.float().mean().item(), "response/eos": batch.ended.float().mean().item(),
-            "lr": scheduler.get_last_lr()[0],
-            "time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out})
-        controller.update(response_kl, config.batch_size)
-        scheduler.step()
-        bar.set_postfix(loss=f"{stats['loss/total']:.3f}", reward=f"{scores.mean():.2f}", kl=f"{response_kl:.2f}")
-        if config.save_steps and step % config.save_steps == 0:
-            run.checkpoint(step, save, config.keep_checkpoints)
-        if step % config.eval_every == 0 or step == config.steps:
-            evaluate(step)
-            if config.patience and run.misses >= config.patience:
-                tqdm.write(f"no better validation reward for {run.misses} evaluations: stopping")
-                break
-        if step == config.steps:
-            break
-    bar.close()
+            # 6. KL controller, log, evaluate, save.
+            response_kl = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
+            run.log(step, {
+                "objective/score": scores.mean().item(), "objective/score_std": scores.std(unbiased=False).item(),
+                "objective/rewards": rewards.sum(1).mean().item(), "objective/kl": response_kl,
+                "objective/kl_k3": (kl_estimate(batch.logprobs, batch.ref_logprobs, "k3") * mask).sum(1).mean().item(),
+                "objective/kl_coef": controller.value, **stats,
+                "value/explained_variance": explained_variance(batch.values, returns, mask),
+                "response/length": batch.lengths.float().mean().item(), "response/eos": batch.ended.float().mean().item(),
+                "lr": rate, "time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out})
+            controller.update(response_kl, config.batch_size)
+            bar.update()
+            bar.set_postfix(loss=f"{stats['loss/total']:.3f}", reward=f"{scores.mean():.2f}", kl=f"{response_kl:.2f}")
+            if step % config.eval_every == 0 or step == config.steps:
+                evaluate(step)
+            run.end_step(step, save, optimizer, kl_coef=controller.value)
 
     actor = PolicyWithValue.from_pretrained(run.folder / "best").to(device)
     results = report(run.folder, {"SFT": reference, "PPO": actor.policy}, tokenizer, splits, config, reward, reference)

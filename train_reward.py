@@ -31,7 +31,7 @@ class Config(DataOptions, TrainOptions):
     epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
     batch_size: int = option(16, "pairs (or ratings) of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "pairs (or ratings) of a forward pass", at_least=1)
-    lr: float | None = option(None, "peak learning rate of AdamW; none: 1e-3 below 20 million parameters, 2e-5 above", above=0)
+    lr: float | None = option(None, "peak learning rate of AdamW; none: 1e-3 * 128 / width below 20 million parameters, 2e-5 above", above=0)
     warmup: float = option(0.05, "share of the steps over which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
@@ -60,15 +60,15 @@ from tqdm import tqdm
 from nanorlhf.data import open_data
 from nanorlhf.errors import InputError
 from nanorlhf.evaluation import answer
-from nanorlhf.feedback import preference_pairs, write_pairs
+from nanorlhf.feedback import PAIR_FILES, preference_pairs, read_pairs, write_pairs
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.losses import bradley_terry_loss, rating_loss
 from nanorlhf.pipeline import check_policy
 from nanorlhf.plots import plot_reward
 from nanorlhf.reward import RewardModel
-from nanorlhf.run import (Run, adamw, autocast, check_free, learning_rate, linear_decay, main, optimiser_step,
-                          pick_device, seed_everything)
-from nanorlhf.sequences import shuffled_batches
+from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
+                          pick_device, seed_everything, set_lr)
+from nanorlhf.sequences import epoch_batches
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -92,14 +92,15 @@ def make_pairs(policy, tokenizer, records, config, seed):
     return preference_pairs(records, samples, random.Random(seed), config.mutations, most=config.samples)
 
 
-def examples(splits, policy, tokenizer, config):
-    """(training rows, validation rows), each a list of dicts: pairs with chosen and rejected, or rated responses."""
+def examples(splits, policy, tokenizer, config, checkpoint=None):
+    """(training rows, validation rows), each a list of dicts: pairs with chosen and rejected, or rated responses. A resumed run
+    reads the pairs that it made."""
     first = splits.train[0]
     idle = asked(config, "samples", "mutations", "pair_rows")
     if idle and (first.chosen is not None or first.rating is not None):
         raise InputError(f"{idle}: for pairs made from references, but --data {config.data} brings {splits.kind} rows: leave out")
     if first.chosen is not None:
-        return [[{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "source": "data"} for r in rows]
+        return [[{"id": r.id, "prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "source": "data"} for r in rows]
                 for rows in (splits.train, splits.validation)]
     if first.rating is not None:
         unrated = [r.id for r in splits.train + splits.validation if r.rating is None]
@@ -108,7 +109,7 @@ def examples(splits, policy, tokenizer, config):
         if asked(config, "center_coef"):
             raise InputError("--center-coef is for pairs; ratings say themselves where the scores are centred: leave it out")
         mean, std = mean_and_std([r.rating for r in splits.train])
-        return [[{"prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std} for r in rows]
+        return [[{"id": r.id, "prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std} for r in rows]
                 for rows in (splits.train, splits.validation)]
     if first.reference is None:
         raise InputError(f"--data {config.data}: {splits.kind} rows carry no preference, rating or reference to learn from")
@@ -117,6 +118,8 @@ def examples(splits, policy, tokenizer, config):
                          f"and there is no {Path(config.out).parent / 'sft'}; run train_sft.py first, or name one with --policy")
     if not config.policy:
         check_policy(Path(config.out).parent / "sft", config, "data", "split_seed")  # samples of other rows' answers would leak
+    if checkpoint:
+        return [read_pairs(Path(config.out) / name) for name in PAIR_FILES]
     count = min(config.pair_rows or len(splits.train), len(splits.train))
     print(f"sampling {config.samples} answers to each of {count} training and {len(splits.validation)} validation prompts, to make pairs")
     some = random.Random(config.seed).sample(splits.train, count)
@@ -162,7 +165,7 @@ def validate(model, rows, config):
 
 
 def train(config):
-    check_free(config.out, config.overwrite)
+    checkpoint = check_run(config)
     device = pick_device(config.gpu, config.device)
     seed_everything(config.seed)
     splits, leakage = open_data(config)
@@ -170,29 +173,38 @@ def train(config):
     if not config.model and policy is None:
         raise InputError(f"--model is empty and there is no {Path(config.out).parent / 'sft'} to start from: run train_sft.py first, "
                          "or name a backbone with --model")
-    model = RewardModel.from_pretrained(config.model or config.policy or Path(config.out).parent / "sft", new_head=True,
-                                        template=config.template).to(device)
-    train_rows, held_out = examples(splits, policy, tokenizer, config)
+    if checkpoint:
+        model = RewardModel.from_pretrained(checkpoint).to(device)
+    else:
+        model = RewardModel.from_pretrained(config.model or config.policy or Path(config.out).parent / "sft", new_head=True,
+                                            template=config.template).to(device)
+    train_rows, held_out = examples(splits, policy, tokenizer, config, checkpoint)
     if not train_rows or not held_out:
         raise InputError("there are no training or no validation pairs: every sample matches its reference; raise --samples or --mutations")
     print(f"data: {splits.source}; {len(train_rows)} training and {len(held_out)} validation "
           f"{'pairs' if 'chosen' in train_rows[0] else 'ratings'}")
 
-    run = Run(config)
+    run = Run(config, checkpoint)
     if "chosen" in train_rows[0]:
-        write_pairs(run.folder / "preferences.jsonl", train_rows)
-        write_pairs(run.folder / "preferences_validation.jsonl", held_out)
-    order = torch.Generator().manual_seed(config.seed)
+        for name, rows in zip(PAIR_FILES, (train_rows, held_out)):
+            write_pairs(run.folder / name, rows)
     total_steps = config.epochs * -(-len(train_rows) // config.batch_size)
-    optimizer = adamw([model], learning_rate(config.lr, model, 1e-3, 2e-5), weight_decay=config.weight_decay)
-    scheduler = linear_decay(optimizer, total_steps, int(config.warmup * total_steps))
+    warmup_steps = int(config.warmup * total_steps)
+    lr = learning_rate(config.lr, model, model.width, 1e-3, 2e-5)
+    optimizer = adamw([model], lr, weight_decay=config.weight_decay)
     lengths = [len(row["prompt"]) + len(row.get("chosen") or row.get("response") or "") for row in train_rows]
+    step, _ = run.restore(optimizer)
 
-    step, bar = 0, tqdm(total=total_steps, desc="reward model", unit="step", mininterval=1)
-    for epoch in range(1, config.epochs + 1):
-        model.train()
-        for batch in shuffled_batches(lengths, config.batch_size, order):
-            step += 1
+    def evaluate(step, epoch):
+        numbers = validate(model, held_out, config)
+        run.log(step, {"epoch": epoch, **numbers})
+        run.keep_best(step, -numbers["eval/loss"], model.save_pretrained)
+        tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in numbers.items()))
+
+    with run, tqdm(total=total_steps, initial=step, desc="reward model", unit="step", mininterval=1) as bar:
+        batches = epoch_batches(lengths, config.batch_size, config.epochs, config.seed, done=step)
+        for step, epoch, batch, epoch_ends in run.until_stalled(batches, config.patience):
+            model.train()
             loss_sum, sums = 0.0, {}
             for start in range(0, len(batch), config.micro_batch_size):
                 rows = [train_rows[i] for i in batch[start:start + config.micro_batch_size]]
@@ -201,22 +213,14 @@ def train(config):
                 (loss * share).backward()
                 loss_sum += loss.item() * share
                 sums = {name: sums.get(name, 0.0) + value * share for name, value in stats.items()}
-            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step)
-            run.log(step, {"loss": loss_sum, **sums, "lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm, "epoch": epoch})
-            scheduler.step()
+            rate = set_lr(optimizer, lr * linear_decay(step, total_steps, warmup_steps))
+            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step, [train_rows[i]["id"] for i in batch])
+            run.log(step, {"loss": loss_sum, **sums, "lr": rate, "grad_norm": grad_norm, "epoch": epoch})
             bar.update()
             bar.set_postfix(loss=f"{loss_sum:.3f}", **{name: f"{value:.2f}" for name, value in sums.items()}, refresh=False)
-            if config.save_steps and step % config.save_steps == 0:
-                run.checkpoint(step, model.save_pretrained, config.keep_checkpoints)
-
-        numbers = validate(model, held_out, config)
-        run.log(step, {"epoch": epoch, **numbers})
-        tqdm.write(f"epoch {epoch}: " + ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in numbers.items()))
-        run.keep_best(step, -numbers["eval/loss"], model.save_pretrained)
-        if run.misses >= config.patience:
-            tqdm.write(f"no lower validation loss for {run.misses} epochs: stopping")
-            break
-    bar.close()
+            if epoch_ends:
+                evaluate(step, epoch)
+            run.end_step(step, model.save_pretrained, optimizer)
 
     model = RewardModel.from_pretrained(run.folder / "best").to(device)
     numbers = validate(model, held_out, config)

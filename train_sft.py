@@ -30,7 +30,7 @@ class Config(DataOptions, TrainOptions):
     epochs: int = option(4, "passes over the training rows", group="Optimiser", at_least=1)
     batch_size: int = option(16, "rows of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "rows of a forward pass: fewer need less memory and change nothing else", at_least=1)
-    lr: float | None = option(None, "peak learning rate of AdamW; none: 2e-3 below 20 million parameters, 5e-5 above", above=0)
+    lr: float | None = option(None, "peak learning rate of AdamW; none: 2e-3 * 128 / width below 20 million parameters, 5e-5 above", above=0)
     warmup: float = option(0.05, "share of the steps over which the learning rate rises", at_least=0, below=1)
     weight_decay: float = option(0.01, "decay of the matrices, a step's share being lr * weight_decay", at_least=0)
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
@@ -65,17 +65,17 @@ from nanorlhf.evaluation import answer, in_words, known, summary
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.losses import sft_loss
 from nanorlhf.plots import plot_sft
-from nanorlhf.run import (Run, adamw, autocast, check_free, learning_rate, linear_decay, main, optimiser_step,
-                          pick_device, seed_everything)
-from nanorlhf.sequences import encode_queries, encode_responses, join, predict, shuffled_batches
+from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
+                          pick_device, seed_everything, set_lr)
+from nanorlhf.sequences import encode_queries, encode_responses, epoch_batches, join, predict
 from nanorlhf.tokenizer import Tokenizer
 
 
-def build(config, splits):
-    """Model and tokenizer: pretrained, or random weights and a BPE trained on the training rows."""
-    if config.model:
-        model, tokenizer = GPT2.from_pretrained(config.model), Tokenizer.from_pretrained(config.model)
-        tokenizer.check_fits(model.config.vocab_size, f"--model {config.model}")
+def build(config, splits, source):
+    """Model and tokenizer: from a folder or name, or, where that is empty, random weights and a BPE trained on the training rows."""
+    if source:
+        model, tokenizer = GPT2.from_pretrained(source), Tokenizer.from_pretrained(source)
+        tokenizer.check_fits(model.config.vocab_size, f"--model {source}")
     else:
         tokenizer = Tokenizer.train([text for row in splits.train for text in (row.prompt, row.answer)], config.vocab_size)
         model = GPT2.from_config(GPT2Config(
@@ -122,36 +122,45 @@ def validation_loss(model, tokenizer, queries, responses, config):
 
 
 def train(config):
-    check_free(config.out, config.overwrite)
+    checkpoint = check_run(config)
     device = pick_device(config.gpu, config.device)
     seed_everything(config.seed)
     splits, leakage = open_data(config)
     if any(row.answer is None for row in splits.train + splits.validation):
         raise InputError(f"--data {config.data}: prompts without answers cannot be fine-tuned on; give a reference each")
-    model, tokenizer = build(config, splits)
+    model, tokenizer = build(config, splits, checkpoint or config.model)
     model.to(device)
     queries, responses = encode(tokenizer, splits.train, config)
     held_out = encode(tokenizer, splits.validation, config)
     print(f"data: {splits.source}; {len(splits.train)} training rows\n"
           f"model: {model.num_parameters():,} parameters, {config.model or 'random weights'}")
 
-    run = Run(config)
-    order = torch.Generator().manual_seed(config.seed)
-    steps_per_epoch = -(-len(queries) // config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
-    optimizer = adamw([model], learning_rate(config.lr, model, 2e-3, 5e-5), weight_decay=config.weight_decay, betas=(0.9, 0.95))
-    scheduler = linear_decay(optimizer, total_steps, int(config.warmup * total_steps))
+    run = Run(config, checkpoint)
+    total_steps = config.epochs * -(-len(queries) // config.batch_size)
+    warmup_steps = int(config.warmup * total_steps)
+    lr = learning_rate(config.lr, model, model.config.n_embd, 2e-3, 5e-5)
+    optimizer = adamw([model], lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
     lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
+    step, _ = run.restore(optimizer)
 
     def save(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    step, bar = 0, tqdm(total=total_steps, desc="SFT", unit="step", mininterval=1)
-    for epoch in range(1, config.epochs + 1):
-        model.train()
-        for batch in shuffled_batches(lengths, config.batch_size, order):
-            step += 1
+    def evaluate(step, epoch):
+        model.eval()
+        loss = validation_loss(model, tokenizer, *held_out, config)
+        answers = answer(model, tokenizer, splits.validation[:config.eval_rows], config, temperature=0)
+        numbers = summary(answers)
+        run.log(step, {"epoch": epoch, "eval/loss": loss, **known(numbers)})
+        run.samples(step, answers[:5])
+        run.keep_best(step, -loss, save)
+        tqdm.write(f"epoch {epoch}: validation loss {loss:.3f}, greedy: {in_words(numbers)}")
+
+    with run, tqdm(total=total_steps, initial=step, desc="SFT", unit="step", mininterval=1) as bar:
+        batches = epoch_batches(lengths, config.batch_size, config.epochs, config.seed, done=step)
+        for step, epoch, batch, epoch_ends in run.until_stalled(batches, config.patience):
+            model.train()
             tokens, loss_sum = sum(len(responses[i]) for i in batch), 0.0  # the step's denominator
             for start in range(0, len(batch), config.micro_batch_size):
                 rows = batch[start:start + config.micro_batch_size]
@@ -159,26 +168,14 @@ def train(config):
                 loss = loss * (stats["tokens"] / tokens)
                 loss.backward()
                 loss_sum += loss.item()
-            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step)
-            run.log(step, {"loss": loss_sum, "lr": scheduler.get_last_lr()[0], "grad_norm": grad_norm, "epoch": epoch})
-            scheduler.step()
+            rate = set_lr(optimizer, lr * linear_decay(step, total_steps, warmup_steps))
+            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step, [splits.train[i].id for i in batch])
+            run.log(step, {"loss": loss_sum, "lr": rate, "grad_norm": grad_norm, "epoch": epoch})
             bar.update()
             bar.set_postfix(loss=f"{loss_sum:.3f}", refresh=False)
-            if config.save_steps and step % config.save_steps == 0:
-                run.checkpoint(step, save, config.keep_checkpoints)
-
-        model.eval()
-        loss = validation_loss(model, tokenizer, *held_out, config)
-        answers = answer(model, tokenizer, splits.validation[:config.eval_rows], config, temperature=0)
-        numbers = summary(answers)
-        run.log(step, {"epoch": epoch, "eval/loss": loss, **known(numbers)})
-        run.samples(step, answers[:5])
-        tqdm.write(f"epoch {epoch}: validation loss {loss:.3f}, greedy: {in_words(numbers)}")
-        run.keep_best(step, -loss, save)
-        if run.misses >= config.patience:
-            tqdm.write(f"no lower validation loss for {run.misses} epochs: stopping")
-            break
-    bar.close()
+            if epoch_ends:
+                evaluate(step, epoch)
+            run.end_step(step, save, optimizer)
 
     model.load_state_dict(GPT2.from_pretrained(run.folder / "best").state_dict())
     numbers = summary(answer(model, tokenizer, splits.test, config, temperature=0))

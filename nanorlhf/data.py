@@ -39,7 +39,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from nanorlhf.errors import InputError, nearest
+from nanorlhf.errors import InputError, impostor, nearest
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 CONALA_URL = "http://www.phontron.com/download/conala-corpus-v1.1.zip"  # the link on https://conala-corpus.github.io
@@ -62,6 +62,7 @@ NEEDS = {  # format -> columns every row must have
 SPLITS = ("train", "validation", "test")
 FORMATS = ("auto", *NEEDS)
 ALIASES = {"chosen_response": "chosen", "rejected_response": "rejected"}
+MOST_LISTED = 100  # skipped rows
 MAY_BE_EMPTY = ("response", "rejected")  # a policy may answer with EOS at once, and that may be rated or rejected
 
 
@@ -103,6 +104,11 @@ class Splits:
         """{name: rows} of all splits, extra ones last."""
         return {"train": self.train, "validation": self.validation, "test": self.test, **self.extra}
 
+    def head(self, count):
+        """The first `count` rows of every split."""
+        return Splits(self.train[:count], self.validation[:count], self.test[:count],
+                      {name: rows[:count] for name, rows in self.extra.items()}, f"{self.source}, the first {count} rows", self.kind)
+
 
 def format_query(prompt, template="{prompt}\n"):
     """The text the policy continues: `template` with {prompt} replaced; other braces stay as they are."""
@@ -121,16 +127,19 @@ def _lines(path):
     try:
         file = open(path, "rb")
     except FileNotFoundError:
-        known = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES] if path.parent.is_dir() else []
+        known = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES] if os.path.isdir(path.parent) else []
         hint = nearest(path.name, known)
         raise InputError(f"{path}: no such file; " + (f"did you mean {hint}?" if hint else "check the path")) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{_show(str(path))}: cannot be read: {reason}; check the path and its permissions") from None
     with file:
         for number, raw in enumerate(file, 1):
             if number == 1:
                 if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                     raise InputError(f"{path}:1: this file is UTF-16; save it as UTF-8")
+                if wrong := impostor(raw[:64]):
+                    raise InputError(f"{path}:1: this is {wrong}")
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             try:
                 text = raw.decode("utf-8")
@@ -195,8 +204,9 @@ def _csv_rows(path):
             cells = next(reader, None)
         except csv.Error as error:
             if header is None:  # the next row must not be taken for the header
-                raise InputError(f"{where}: malformed CSV header: {error}; mend its quotes") from None
-            yield where, InputError(f"{where}: malformed CSV: {error}; close quotes, and double those inside a cell")
+                raise InputError(f"{where}: malformed CSV header: {_csv_reason(error)}") from None
+            to = f" (the row runs to line {reader.line_num})" if where != f"{path}:{reader.line_num}" else ""
+            yield where, InputError(f"{where}: malformed CSV: {_csv_reason(error)}{to}")
             continue
         if not cells:  # a blank line, or the end
             continue
@@ -209,6 +219,12 @@ def _csv_rows(path):
             yield where, dict(zip(header, cells))
 
 
+def _csv_reason(error):
+    if "new-line character" in str(error):
+        return "a carriage return without a line feed; end lines with LF or CRLF"
+    return f"{error}; close quotes, and double those inside a cell"
+
+
 def _header(cells, where):
     names = [cell.strip() for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -219,7 +235,7 @@ def _header(cells, where):
 
 def _rows(path):
     """The reader for a file's suffix, after the checks that need no reading."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{path}: is a folder where a file was expected; name a {', '.join(SUFFIXES)} file inside it")
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows}
     if path.suffix.lower() not in readers:
@@ -256,7 +272,8 @@ def _recognise(row, where):
 
 
 def _names(row):
-    return ", ".join(repr(str(name))[1:-1] for name in row) or "none"
+    names = ", ".join(repr(str(name))[1:-1] for name in row) or "none"
+    return names if len(names) <= 200 else names[:197] + "..."
 
 
 def _kind_of(value):
@@ -387,7 +404,7 @@ def read(path, data_format="auto", min_probability=0.0, skip_bad_rows=False):
     Args:
         data_format: one of FORMATS; "auto" goes by the columns of the first row.
         min_probability: leave out conala-mined rows below it; for any other format an error.
-        skip_bad_rows: leave out faulty rows, and say so in one line on stderr.
+        skip_bad_rows: leave out faulty rows; stderr says how many of how many, and lists each with its reason.
     Raises InputError (`file:line: reason; way out`) at the first faulty row, for an unreadable file (not UTF-8, no such
     file, unknown columns: never skipped), and where no row is left.
     """
@@ -443,9 +460,9 @@ def _report_rows(path, records, bad, below, min_probability):
     if not records:
         raise InputError(f"{path}:1: the file holds no rows; see data/README.md for the formats")
     if bad:
-        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-        total = len(records) + below + len(bad)
-        print(f"{path}: skipped {len(bad)} of {total} rows: " + " | ".join(bad[:3]) + more, file=sys.stderr)
+        lines = [f"{path}: skipped {len(bad)} of {len(records) + below + len(bad)} rows", *bad[:MOST_LISTED]]
+        lines += [f"... and {len(bad) - MOST_LISTED} more"] if len(bad) > MOST_LISTED else []
+        print("\n  ".join(lines), file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -469,7 +486,7 @@ def load_splits(path, data_format="auto", validation=0.1, test=0.1, seed=0, min_
     path = DATA / str(path) if str(path) in ("nano", "conala") else Path(path)
     if path == DATA / "conala" and not path.is_dir():
         raise InputError(f"{path}: no such folder; get it with: python -m nanorlhf.data download conala")
-    if not path.is_dir():
+    if not os.path.isdir(path):  # os.path's says no, where Path's raises, to a name that is too long
         records, kind = _read(path, data_format, min_probability or 0.0, skip_bad_rows)
         return Splits(*split(records, validation, test, seed), {}, f"{path}, split by prompt with seed {seed}", kind)
     splits = _load_folder(path, data_format, {"validation": validation, "test": test}, seed, skip_bad_rows)
@@ -658,7 +675,8 @@ def open_data(config):
     """(Splits, the leakage report) that a script's data options name."""
     splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
                          config.min_probability, config.skip_bad_rows)
-    return splits, check_leakage(splits, config.allow_overlap)
+    leakage = check_leakage(splits, config.allow_overlap)
+    return splits.head(config.max_rows) if config.max_rows else splits, leakage
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -765,9 +783,15 @@ def describe(splits):
     return lines
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, as everywhere; argparse would print its usage first."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 where a download failed, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m nanorlhf.data", description="Look at data, or get CoNaLa.")
+    parser = _Parser(prog="python -m nanorlhf.data", description="Look at data, or get CoNaLa.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="kind, counts, lengths and leakage of a file or folder")
     check.add_argument("path", help="a file, a folder, or nano / conala")

@@ -68,17 +68,21 @@ class EncoderConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self):
-        if self.model_type not in FAMILIES:
+        if not isinstance(self.model_type, str) or self.model_type not in FAMILIES:
             close = nearest(self.model_type, FAMILIES)
             raise InputError(f"encoder config: model_type {self.model_type!r} is not implemented; known are "
                              f"{', '.join(FAMILIES)}" + (f" (did you mean {close}?)" if close else ""))
         for name, value in FAMILIES[self.model_type].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "max_position_embeddings", "type_vocab_size"):
-            if type(value := getattr(self, name)) is not int or value <= 0:
-                raise InputError(f"encoder config: {name} must be a positive integer, not {value!r}")
+        hf.check_sizes(self, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                              "max_position_embeddings", "type_vocab_size"), "encoder")
+        dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        hf.check_numbers(self, dropouts if self.classifier_dropout is None else (*dropouts, "classifier_dropout"), "encoder", below=1)
+        hf.check_numbers(self, ("layer_norm_eps", "initializer_range"), "encoder")
+        if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size or self.max_tokens < 1:
+            raise InputError(f"encoder config: pad_token_id {self.pad_token_id!r} does not go with a vocabulary of {self.vocab_size} "
+                             f"and {self.max_position_embeddings} positions: mend its config.json")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(f"encoder config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                              f"{self.num_attention_heads}")
@@ -108,7 +112,7 @@ def _model_type(settings):
     if settings.get("model_type"):
         return settings["model_type"]
     for family in FAMILIES:
-        if any(str(name).lower().startswith(family) for name in settings.get("architectures") or []):
+        if hf.is_model_type({**settings, "model_type": None}, family):
             return family
     raise InputError('encoder config: config.json has neither "model_type" nor "architectures"; '
                      'add "model_type": "roberta" or "bert"')
@@ -268,9 +272,9 @@ class Encoder(nn.Module):
         words = tensors.get("embeddings.word_embeddings.weight")
         if words is not None and words.dim() == 2:
             config = replace(config, vocab_size=words.size(0))
+        hf.check_layers(tensors, "encoder.layer.", config.num_hidden_layers, source)
         with torch.device("meta"):  # shapes only: no time lost on random numbers that are overwritten
             encoder = cls(config).to(dtype)
-        encoder.to_empty(device="cpu")
         names = encoder.state_dict().keys()
         rest = {name: tensors.pop(name) for name in list(tensors) if name not in names}
         hf.load_into(encoder, tensors, source)
@@ -358,7 +362,7 @@ def read_head(config, rest, source):
     if out is None:
         raise InputError(f"{source} has no classification head (no tensor classifier.*): it is no reward model; "
                          "train one with train_reward.py")
-    head = new_head(config, num_labels=out.size(0))
+    head = new_head(config, num_labels=len(out) if out.dim() else 1)
     hf.load_into(head, rest, source)
     return head
 

@@ -9,6 +9,16 @@ class InputError(ValueError):
     """
 
 
+def impostor(head):
+    """What a file is instead of itself, by its first bytes, with the way out, or None: what half-made copies usually are."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-LFS pointer, not the file itself: run `git lfs pull` in its repository"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not the file itself: download it again from its direct link"
+    return None
+
+
 def nearest(word, choices, cutoff=0.5):
     """The choice that `word` most likely meant, or None: for messages such as "unknown X; did you mean Y?"."""
     import difflib

@@ -122,6 +122,7 @@ def report(folder, models, tokenizer, splits, config, reward, reference):
     Returns: {"test": {split: {"sampled" | "greedy": {name: numbers}, "gain": {metric: paired difference}}}, "samples": [...]}.
     """
     results, samples = {}, []
+    (folder / "answers.jsonl").unlink(missing_ok=True)  # of a report that was interrupted
     for split, records in {"test": splits.test, **splits.extra}.items():
         answers = {}
         for mode, temperature in (("sampled", config.temperature), ("greedy", 0)):

@@ -112,6 +112,14 @@ def _names(code):
         return set()
 
 
+PAIR_FILES = ("preferences.jsonl", "preferences_validation.jsonl")  # in the reward model's run folder
+
+
+def read_pairs(path):
+    """Pairs as `write_pairs` wrote them."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
 def write_pairs(path, pairs):
     """Pairs as JSONL, which `nanorlhf.data.read` reads as preferences."""
     Path(path).write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")

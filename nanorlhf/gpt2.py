@@ -62,13 +62,13 @@ class GPT2Config:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            value = getattr(self, name)
-            if not (type(value) is int and value > 0 or name == "n_inner" and value is None):
-                raise InputError(f"GPT-2 config: {name} must be a positive integer, not {value!r}")
+        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        hf.check_sizes(self, sizes if self.n_inner is None else (*sizes, "n_inner"), "GPT-2")
+        hf.check_numbers(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "GPT-2", below=1)
+        hf.check_numbers(self, ("layer_norm_epsilon", "initializer_range"), "GPT-2")
         if self.n_embd % self.n_head:
             raise InputError(f"GPT-2 config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.activation_function not in ACTIVATIONS:
+        if not isinstance(self.activation_function, str) or self.activation_function not in ACTIVATIONS:
             close = nearest(self.activation_function, ACTIVATIONS)
             raise InputError(f"GPT-2 config: activation_function {self.activation_function!r} is not implemented; "
                              f"known are {', '.join(ACTIVATIONS)}" + (f" (did you mean {close}?)" if close else ""))
@@ -321,9 +321,9 @@ class GPT2(nn.Module):
                 del tensors["lm_head.weight"]
             else:
                 config = replace(config, tie_word_embeddings=False)
+        hf.check_layers(tensors, "h.", config.n_layer, source)
         with torch.device("meta"):  # shapes only: no time lost on random numbers that are overwritten
             model = cls(config).to(dtype)
-        model.to_empty(device="cpu")
         names = model.state_dict().keys()
         rest = {name: tensors.pop(name) for name in list(tensors) if name not in names}
         hf.load_into(model, tensors, source)

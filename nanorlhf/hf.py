@@ -15,23 +15,30 @@ Every fault is an `InputError` of one line that names the file or tensor and the
 """
 
 import json
+import math
 import os
 import pickle
+import re
 import struct
 import sys
+from collections import Counter
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 
-from .errors import InputError, nearest
+from .errors import InputError, impostor, nearest
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                 "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_SIZE = 10_000_000  # of one dimension in a config.json: beyond it products of two overflow, and no model is near
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# What an unpickler meets in a damaged file is interpreted as it comes: nearly every error is possible.
+UNPICKLING = (RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError,
+              MemoryError, struct.error)
 
 
 # ---------------------------------------------------------------------------------------------------- find or download
@@ -44,14 +51,14 @@ def resolve(name_or_folder, what="model"):
 
     Returns: Path. Raises InputError, saying what was looked for and where, when nothing is found.
     """
-    path = Path(name_or_folder).expanduser()
-    if path.is_dir():
-        return _local(path, what)
     name = str(name_or_folder)
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # os.path's say no, where Path's raise, to a name that is too long
+        return _local(path, what)
+    if os.path.exists(path):
         raise InputError(f"{name} is a file; a {what} is a folder: name the folder that holds it")
     if _is_path(name):
-        close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+        close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if os.path.isdir(path.parent) else None
         hint = f"; did you mean {path.parent / close}?" if close else "; check the path"
         raise InputError(f"no folder {name} to read a {what} from (looked in {path.parent.absolute()}){hint}")
     _check_hub_name(name)
@@ -82,7 +89,7 @@ def _is_path(name):
     """Whether `name` can only be a path: absolute, dotted, too deep for a repository name, or inside a folder here."""
     parent = Path(name).parent
     return (name.startswith(("/", "~", ".")) or name.count("/") > 1 or "\\" in name
-            or (parent != Path(".") and parent.is_dir()))
+            or (parent != Path(".") and os.path.isdir(parent)))
 
 
 def _check_hub_name(name):
@@ -107,7 +114,7 @@ def _shards_present(folder):
     """False where a download broke off between the shards that its index names."""
     path = _weight_file(folder)
     return path is None or not path.name.endswith(".index.json") or all(
-        (folder / str(shard)).is_file() for shard in (_read_json(path).get("weight_map") or {}).values())
+        (folder / str(shard)).is_file() for shard in _weight_map(path).values())
 
 
 def _download(name, what):
@@ -145,7 +152,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    return _read_json(path)
+    return read_json(path)
 
 
 def check_model_type(config, wanted, source):
@@ -155,10 +162,22 @@ def check_model_type(config, wanted, source):
     names do when the weights are loaded.
     """
     found = config.get("model_type")
-    classes = [str(name) for name in config.get("architectures") or []]
-    if found in wanted or found is None and (not classes or classes[0].lower().startswith(tuple(wanted))):
+    name = _class_name(config) if found is None else ""
+    if found in wanted or found is None and (not name or name.startswith(tuple(wanted))):
         return
-    raise InputError(f"{source} holds a model of type {found or classes[0]}; here it must be {' or '.join(wanted)}")
+    raise InputError(f"{source} holds a model of type {name if found is None else found}; here it must be {' or '.join(wanted)}: "
+                     "name the folder of such a model")
+
+
+def is_model_type(config, name):
+    """Whether config.json is of the architecture `name`, by its `model_type` or, where it has none, its `architectures`."""
+    return config.get("model_type") == name or config.get("model_type") is None and _class_name(config).startswith(name)
+
+
+def _class_name(config):
+    """The first name in `architectures`, such as gpt2lmheadmodel, or ""."""
+    classes = config.get("architectures")
+    return str(classes[0]).lower() if isinstance(classes, list) and classes else ""
 
 
 def read_weights(folder):
@@ -186,27 +205,32 @@ def _read_safetensors(path):
         raise InputError(f"{path} is {wrong}")
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is a damaged safetensors file ({error}): get it again") from error
+    except (safetensors.SafetensorError, TypeError, RuntimeError, AttributeError) as error:  # the last: dtypes torch does not know
+        raise InputError(f"{path} is a damaged safetensors file ({_reason(error)}): get it again") from error
+
+
+def _weight_map(index_path):
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index_path} has no weight_map from tensor names to shards: get it again")
+    return weight_map
 
 
 def _read_shards(index_path):
-    weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index_path} has no weight_map from tensor names to shards")
+    weight_map = _weight_map(index_path)
     tensors, owner = {}, {}
     for shard in sorted(set(map(str, weight_map.values()))):
         if not shard or Path(shard).name != shard or "\\" in shard or shard == "..":
-            raise InputError(f"{index_path} names the shard {shard!r}: a shard must lie in the same folder")
+            raise InputError(f"{index_path} names the shard {shard!r}: a shard must lie in the same folder; mend the index")
         if not (index_path.parent / shard).is_file():
-            raise InputError(f"{index_path} names the shard {shard}, which is missing: get it again")
+            raise InputError(f"{index_path} names the shard {shard}, which is missing: get that file too")
         for name, tensor in read_tensors(index_path.parent / shard).items():
             if name in tensors:
-                raise InputError(f"{index_path.parent}: tensor {name} is in two shards, {owner[name]} and {shard}")
+                raise InputError(f"{index_path.parent}: tensor {name} is in two shards, {owner[name]} and {shard}: get both again")
             tensors[name], owner[name] = tensor, shard
     for name, shard in weight_map.items():
         if owner.get(name) != shard:
-            raise InputError(f"{index_path} puts tensor {name} in {shard}, which does not hold it")
+            raise InputError(f"{index_path} puts tensor {name} in {shard}, which does not hold it: get both again")
     return tensors
 
 
@@ -225,22 +249,39 @@ def _read_pickle(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is refused: it is not a plain pickle of tensors and may run code "
-                         f"({str(error).splitlines()[0][:80]})") from error
-    except (RuntimeError, EOFError) as error:
-        raise InputError(f"{path} is damaged or cut short ({str(error).splitlines()[0][:80]}): get it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+                         f"({_reason(error)}): get safetensors of it, from whom you trust") from error
+    except UNPICKLING as error:
+        raise InputError(f"{path} is damaged or cut short ({_reason(error)}): get it again") from error
+    if not isinstance(tensors, dict) or not all(_is_plain(tensor) for tensor in tensors.values()):
         raise InputError(f"{path} holds no flat dictionary of tensors: save model.state_dict(), not more")
-    return dict(tensors)
+    return {str(name): tensor for name, tensor in tensors.items()}
 
 
-def _read_json(path):
+def _reason(error):
+    """A library's error on one short line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
+def _is_plain(value):
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def read_json(path):
+    """The JSON object in a file, as a dict; whatever else the file holds is an InputError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # bad JSON or bad UTF-8
-        wrong = _not_weights(_head(path))
-        raise InputError(f"{path} is {wrong}" if wrong else f"{path} is not valid JSON: {error}") from error
+    except UnicodeDecodeError:
+        value = "text that is not UTF-8"
+    except RecursionError:
+        value = "JSON nested too deeply"
+    except ValueError as error:  # malformed, or an integer of thousands of digits
+        line = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
+        value = f"not valid JSON{line}"
+    if isinstance(value, str):
+        wrong = _not_weights(_head(path)) or f"{value}: mend it, or get it again"
+        raise InputError(f"{path} is {wrong}")
     if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
+        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}: get it again")
     return value
 
 
@@ -264,12 +305,13 @@ def sniff(path):
     try:
         pairs = json.loads(header, object_pairs_hook=lambda pairs: pairs)
         names = [name for name, _ in pairs]
-        ends = [dict(entry)["data_offsets"][1] for name, entry in pairs if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, IndexError):
+        end = max((int(dict(entry)["data_offsets"][1]) for name, entry in pairs if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return "not a safetensors file (its header is not the JSON it should be): get it again"
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        return f"damaged: tensor {twice[0]} is in it twice"
-    if size < (promised := 8 + length + max(ends, default=0)):
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        return f"damaged: tensor {twice} is in it twice: get it again"
+    if size < (promised := 8 + length + end):
         return f"cut short: {size} bytes where its header promises {promised}: get it again"
     return None
 
@@ -281,14 +323,7 @@ def _head(path):
 
 def _not_weights(head):
     """Name the usual impostors by their first bytes."""
-    text = head.lstrip().lower()
-    if not head:
-        return "empty: get it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer, not the file itself: run `git lfs pull` in its repository"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, not the file itself: download it again from its direct link"
-    return None
+    return impostor(head) if head else "empty: get it again"
 
 
 # --------------------------------------------------------------------------------------------------------------- check
@@ -302,7 +337,7 @@ def strip_prefix(tensors, prefix, source):
     for name, tensor in tensors.items():
         short = name.removeprefix(prefix)
         if short in stripped:
-            raise InputError(f"{source}: tensor {short} is there twice, with and without the prefix {prefix!r}")
+            raise InputError(f"{source}: tensor {short} is there twice, with and without the prefix {prefix!r}: remove one")
         stripped[short] = tensor
     return stripped
 
@@ -311,7 +346,8 @@ def load_into(module, tensors, source):
     """Copy `tensors` into `module`, converting to the dtype and device of its parameters.
 
     Strict: raises InputError naming the tensors when some are missing, unexpected, of another shape or dtype kind, or
-    hold NaN or infinity. Nothing is copied then. `source` (a folder) is for the messages.
+    hold NaN or infinity. Nothing is copied then. `source` (a folder) is for the messages. A module on the meta device gets
+    its memory on the CPU, but only once all fits: a config.json cannot ask for more than its weights fill.
     """
     wanted = module.state_dict()
     _refuse(source, "lacks", [name for name in wanted if name not in tensors])
@@ -319,13 +355,48 @@ def load_into(module, tensors, source):
     for name, target in wanted.items():
         tensor = tensors[name]
         if tensor.shape != target.shape:
-            raise InputError(f"{source}: tensor {name} has shape {tuple(tensor.shape)}, "
-                             f"the model of its config.json needs {tuple(target.shape)}")
+            raise InputError(f"{source}: tensor {name} has shape {tuple(tensor.shape)}, the model of its config.json needs "
+                             f"{tuple(target.shape)}: the two files must belong together")
         if tensor.dtype not in FLOATS and target.is_floating_point():
-            raise InputError(f"{source}: tensor {name} is {tensor.dtype}; quantised weights are not supported")
+            raise InputError(f"{source}: tensor {name} is {tensor.dtype}: quantised weights cannot be trained; get float ones")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{source}: tensor {name} holds NaN or infinity: the file is damaged or training diverged")
+            raise InputError(f"{source}: tensor {name} holds NaN or infinity: the file is damaged, or training diverged; take "
+                             "another checkpoint, or get it again")
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.to_empty(device="cpu")
     module.load_state_dict(tensors)
+
+
+def check_layers(tensors, prefix, promised, source):
+    """InputError unless the tensors `prefix`0..., `prefix`1... are of as many layers as config.json promised. To be asked
+    before a model is built: building a billion layers does not end."""
+    layer = re.compile(re.escape(prefix) + r"(\d{1,6})\.")
+    held = 1 + max((int(found[1]) for name in tensors if (found := layer.match(name))), default=-1)
+    if held != promised:
+        raise InputError(f"{source}: its config.json is of {promised} layers, its weights hold {held}: they must belong together")
+
+
+def check_sizes(settings, names, what):
+    """InputError unless all of these settings are whole numbers of a size that a model can have."""
+    for name in names:
+        value = getattr(settings, name)
+        if type(value) is not int or not 0 < value <= MAX_SIZE:
+            raise InputError(f"{what} config: {name} must be a positive integer, not {_short(value)}, and at most {MAX_SIZE:,}: "
+                             "mend its config.json")
+
+
+def check_numbers(settings, names, what, below=math.inf):
+    """InputError unless all of these settings are numbers at least 0 and below a bound."""
+    for name in names:
+        value = getattr(settings, name)
+        if type(value) not in (int, float) or not 0 <= value < below:
+            bound = "" if below == math.inf else f" and below {below}"
+            raise InputError(f"{what} config: {name} must be a number, at least 0{bound}, not {_short(value)}: mend its config.json")
+
+
+def _short(value):
+    shown = repr(value) if type(value) is not int or abs(value) < 2 ** 64 else "an integer beyond 64 bits"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _refuse(source, verb, names):
@@ -375,11 +446,17 @@ def convert(folder):
     return path
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "convert":
-        sys.exit("usage: python -m nanorlhf.hf convert FOLDER")
+def main(words):
+    """python -m nanorlhf.hf convert FOLDER; returns the exit code: 0, 1 where the disk failed, 2 for bad input."""
     try:
-        print(convert(sys.argv[2]))
-    except InputError as error:
+        if len(words) != 2 or words[0] != "convert":
+            raise InputError("write python -m nanorlhf.hf convert FOLDER")
+        print(convert(words[1]))
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -16,13 +16,18 @@ class RunOptions:
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     precision: str = option("fp32", "bf16 runs matrix products in bfloat16; weights and losses stay float32",
                          choices=("fp32", "bf16"))
+    dry_run: bool = option(False, "try one step of every phase on a few rows, say how much memory it took, and keep nothing")
+    debug: bool = option(False, "show the traceback of every error")
 
 
 @dataclass
 class TrainOptions(RunOptions):
     """What a training writes on its way."""
-    save_steps: int = option(0, "write checkpoints/step-N every so many steps; 0: only the best and the final model", at_least=0)
-    keep_checkpoints: int = option(3, "how many checkpoints/step-N to keep", at_least=1)
+    resume: bool = option(False, "go on with the interrupted run in --out, from its newest good checkpoint, to the same end; with "
+                          "--overwrite too: if its options are these, else replace it")
+    allow_config_change: bool = option(False, "resume although options differ from the run's")
+    save_steps: int = option(100, "write checkpoints/step-N every so many steps; 0: only where a signal ends the run", at_least=0)
+    keep_checkpoints: int = option(2, "how many checkpoints/step-N to keep", at_least=1)
 
 
 @dataclass
@@ -35,6 +40,7 @@ class DataOptions:
     split_seed: int = option(0, "seed of these splits; every stage of a pipeline must use the same", at_least=0)
     min_probability: float | None = option(None, "add CoNaLa's mined rows of at least this probability to the training rows",
                                          at_least=0, at_most=1)
+    max_rows: int = option(0, "use only the first so many rows of each split; 0: all", at_least=0)
     skip_bad_rows: bool = option(False, "leave faulty rows out, and say which, instead of stopping")
     allow_overlap: bool = option(False, "train although training and held-out rows overlap")
     template: str = option("{prompt}\n", "how a prompt becomes the query that the policy continues", group="Text")

@@ -8,6 +8,7 @@ A script that is not told where its policy or its reward model is looks for the 
 import json
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def ensure(script, folder, config, **options):
     asked = {name: str(value) for name, value in options.items() if value}
     if (folder / "results.json").is_file():
         shared = {name: getattr(config, name) for name in
-                  ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template")}
+                  ("data", "data_format", "validation", "test", "split_seed", "min_probability", "max_rows", "skip_bad_rows", "template")}
         check_same(folder, shared | asked | {name: options[name] for name in options if name == "policy"})
         print(f"{folder}: finished already, reused (seed {read_config(folder).get('seed', 0)})")
         return
@@ -46,14 +47,28 @@ def ensure(script, folder, config, **options):
     words += [f"--gpu={config.gpu}"] if config.gpu is not None else []
     words += [f"--preset={config.config_preset}"] if config.config_preset else []
     if folder.exists():
-        print(f"{folder}: unfinished, made anew")
-        words.append("--overwrite")
+        print(f"{folder}: unfinished; gone on with if it was made with the same options, else made anew")
+        words += ["--resume", "--overwrite"]
     print(f"$ python {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, str(ROOT / script), *words[1:]]).returncode
+    code = call([sys.executable, str(ROOT / script), *words[1:]])
     if code < 0:
         print(f"{script} was ended by signal {-code} (9 may mean out of memory: lower --micro-batch-size)", file=sys.stderr)
+    if code in (130, 143):
+        print("the command that started this stage goes on from there too", file=sys.stderr)
     if code:
         raise SystemExit(code if code > 0 else 1)
+
+
+def call(words):
+    """Run a command to its end and return its exit code. A Ctrl-C reaches it from the terminal, SIGTERM is passed on: it saves,
+    and this process leaves with its code."""
+    process = subprocess.Popen(words)
+    before = signal.signal(signal.SIGINT, lambda signum, frame: None), \
+        signal.signal(signal.SIGTERM, lambda signum, frame: process.terminate())
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
 
 
 def read_config(folder):
@@ -93,10 +108,11 @@ def job(folder, seed):
         if (folder / stage / "results.json").is_file():
             print(f"{folder / stage}: finished already, reused")
             continue
-        words = [script, f"--out={folder / stage}", f"--seed={seed}"] + (["--overwrite"] if (folder / stage).exists() else [])
+        words = [script, f"--out={folder / stage}", f"--seed={seed}"]
+        words += ["--resume", "--overwrite"] if (folder / stage).exists() else []
         print(f"$ python {shlex.join(words)}", flush=True)
         started = time.perf_counter()
-        code = subprocess.run([sys.executable, str(ROOT / script), *words[1:]]).returncode
+        code = call([sys.executable, str(ROOT / script), *words[1:]])
         if code:
             raise SystemExit(code)
         (folder / f"{stage}.seconds").write_text(f"{time.perf_counter() - started:.0f}\n")

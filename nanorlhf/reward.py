@@ -16,7 +16,7 @@ from nanorlhf import encoder as encoders
 from nanorlhf import hf
 from nanorlhf.data import format_query
 from nanorlhf.encoder import Encoder, EncoderConfig
-from nanorlhf.errors import InputError
+from nanorlhf.errors import InputError, nearest
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.sequences import join
 from nanorlhf.tokenizer import Tokenizer
@@ -55,22 +55,37 @@ class RewardModel(nn.Module):
         longest = backbone.config.n_positions if isinstance(backbone, GPT2) else backbone.config.max_tokens
         self.max_length = min(max_length or longest, longest)
         self.gain, self.bias = 1.0, 0.0
+        self.cut = 0  # inputs longer than max_length so far, each as often as it was read
 
     @property
     def device(self):
         return next(self.parameters()).device
 
+    @property
+    def width(self):
+        return self.backbone.config.n_embd if isinstance(self.backbone, GPT2) else self.backbone.config.hidden_size
+
     def encode(self, prompts, responses):
         """Padded model inputs (ids, attention_mask, segments), each (B, T) int64; segments are 1 on the response (for BERT).
 
-        Too long: the prompt loses its beginning first.
+        Too long: the prompt loses its beginning first. That is counted in `cut`, and said the first time.
         """
-        if not isinstance(self.backbone, GPT2):
-            return self.tokenizer.batch_pairs(prompts, responses, "right", self.max_length)
-        queries = [self.tokenizer.encode(format_query(prompt, self.template)) for prompt in prompts]
-        answers = [(self.tokenizer.encode(response) + [self.tokenizer.eos_id])[:self.max_length - 1] for response in responses]
-        queries = [query[-(self.max_length - len(answer)):] for query, answer in zip(queries, answers)]
-        return join(queries, answers, self.tokenizer.pad_id)
+        if isinstance(self.backbone, GPT2):
+            queries = [self.tokenizer.encode(format_query(prompt, self.template)) for prompt in prompts]
+            answers = [self.tokenizer.encode(response) + [self.tokenizer.eos_id] for response in responses]
+            cut = sum(len(query) + len(answer) > self.max_length for query, answer in zip(queries, answers))
+            answers = [answer[:self.max_length - 1] for answer in answers]
+            queries = [query[-(self.max_length - len(answer)):] for query, answer in zip(queries, answers)]
+            inputs = join(queries, answers, self.tokenizer.pad_id)
+        else:
+            before = self.tokenizer.cut
+            inputs = self.tokenizer.batch_pairs(prompts, responses, "right", self.max_length)
+            cut = self.tokenizer.cut - before
+        if cut and not self.cut:
+            print(f"reward model: it reads {self.max_length} tokens, and {cut} of {len(prompts)} prompts with their responses are longer: "
+                  "such prompts lose their beginning (said once)", file=sys.stderr)
+        self.cut += cut
+        return inputs
 
     def forward(self, ids, attention_mask, segments):
         """Raw scores (B,), float32, before gain and bias; gradient flows."""
@@ -119,8 +134,8 @@ class RewardModel(nn.Module):
         folder = hf.resolve(folder_or_name)
         settings = hf.read_config(folder)
         hf.check_model_type(settings, ("gpt2", "roberta", "bert"), folder)
-        stored = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
-        build = _build_gpt2 if settings["model_type"] == "gpt2" else _build_encoder
+        stored = _read_settings(folder / SETTINGS)
+        build = _build_gpt2 if hf.is_model_type(settings, "gpt2") else _build_encoder
         backbone, head = build(folder, settings, new_head)
         model = cls(backbone, head, Tokenizer.from_pretrained(folder), template or stored.get("template", "{prompt}\n"),
                     max_length or stored.get("max_length"))
@@ -149,6 +164,21 @@ class RewardModel(nn.Module):
                   "pad_token_id": pad_id, "tie_word_embeddings": True}  # there is no head to untie
         tensors = {name: tensor for name, tensor in self.backbone.to_state().items() if not name.startswith("lm_head.")}
         return config | one_label, tensors | self.head.state_dict()
+
+
+def _read_settings(path):
+    """What reward_model.json says of gain, bias, template and max_length; {} where there is no such file."""
+    stored = hf.read_json(path) if path.is_file() else {}
+    sound = {"gain": _is_finite, "bias": _is_finite, "template": lambda value: isinstance(value, str) and "{prompt}" in value,
+             "max_length": lambda value: value is None or type(value) is int and value > 0}
+    for name, is_sound in sound.items():
+        if name in stored and not is_sound(stored[name]):
+            raise InputError(f"{path}: {name} is {repr(stored[name])[:60]}, which it cannot be: mend it, or train the model again")
+    return stored
+
+
+def _is_finite(value):
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _build_gpt2(folder, settings, new_head):
@@ -206,10 +236,13 @@ class RewardEnsemble:
 def call_reward(reward, prompts, responses, references=None):
     """Scores (B,) float32 of any reward; one that returns the wrong number of scores is an InputError."""
     references = [None] * len(prompts) if references is None else references
-    scores = torch.as_tensor(reward(prompts, responses, references), dtype=torch.float32).flatten()
+    name, returned = getattr(reward, "__name__", type(reward).__name__), reward(prompts, responses, references)
+    try:
+        scores = torch.as_tensor(returned, dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"the reward {name} returned {repr(returned)[:60]}; it must return one number a response") from None
     if len(scores) != len(prompts):
-        name = getattr(reward, "__name__", type(reward).__name__)
-        raise InputError(f"the reward {name} returned {len(scores)} scores for {len(prompts)} responses")
+        raise InputError(f"the reward {name} returned {len(scores)} scores for {len(prompts)} responses; it must return one a response")
     return scores
 
 
@@ -237,9 +270,13 @@ def _function(spec):
     except ModuleNotFoundError as error:
         raise InputError(f"--reward {spec}: no module {error.name!r}; it is looked for in {os.getcwd()} and on the Python path") \
             from None
+    except SyntaxError as error:
+        raise InputError(f"--reward {spec}: {error.filename}:{error.lineno}: {error.msg}; mend it there") from None
     finally:
         sys.path.pop(0)
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"--reward {spec}: {module_name} has no function {name!r}")
+        near = nearest(name, dir(module), cutoff=0.7)
+        raise InputError(f"--reward {spec}: {module_name} has no function {name!r}; " +
+                         (f"did you mean {near}?" if near else f"define it there, in {module.__file__}"))
     return function

@@ -1,4 +1,4 @@
-"""A training run: device, seeds, the run folder with its log and checkpoints, the optimiser step, exit codes.
+"""A training run: device, seeds, the run folder with its log and checkpoints, resume, signals, the optimiser step, exit codes.
 
 A run folder holds
 
@@ -7,46 +7,123 @@ A run folder holds
     samples.jsonl    prompts and responses seen at each evaluation
     results.json     the numbers at the end
     plots/           curves
-    checkpoints/     step-N/, every --save-steps; best/ is the best by validation
+    checkpoints/     step-N/, every --save-steps and where the run was interrupted: all that --resume needs
+    best/            the best model by validation
     final/           the model that the run is for: a Hugging Face folder
+
+`--resume` goes on from the newest undamaged checkpoint and ends with the very weights and log lines that the run would have had
+without the interruption: what is random in a step comes from a generator of its own (`checkpoint.stream`) or from the global ones,
+whose state is saved.
 """
+import errno
+import fcntl
 import json
 import os
 import random
 import resource
+import shlex
 import shutil
+import signal
 import sys
+import tempfile
+import threading
 import time
+import tomllib
+import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from nanorlhf import checkpoint
 from nanorlhf import config as configuration
 from nanorlhf.errors import InputError
+
+
+KEPT = "interrupted; what was saved is kept, and the same command with --resume goes on from it"
 
 
 class RunFailed(RuntimeError):
     """The run cannot go on (a loss is not finite, say): one line on stderr, exit code 1."""
 
 
+class Interrupted(Exception):
+    """A signal ended the run after it was saved: one line on stderr, exit code 128 + signal."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.signum = signum
+
+
 def main(body, config):
     """Run a script's body and turn what goes wrong into one line and the house's exit codes.
 
-    0 done, 1 failed at run time, 2 usage or input, 130 interrupted. A fault of ours keeps its traceback.
+    0 done, 1 failed at run time, 2 usage or input, 130 / 143 interrupted by SIGINT / SIGTERM. A fault of ours keeps its
+    traceback; --debug shows every other one's too.
     """
-    program = os.path.basename(sys.argv[0])
+    def terminate(signum, frame):
+        raise Interrupted(signum, KEPT)
+
+    before = signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
     try:
-        body(config)
+        trial(body, config) if getattr(config, "dry_run", False) else body(config)
     except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(config, "error", error, 2)
     except RunFailed as error:
-        print(f"{program}: failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        _leave(config, "failed", error, 1)
+    except Interrupted as error:
+        _leave(config, signal.Signals(error.signum).name, error, 128 + error.signum)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; checkpoints written so far are kept", file=sys.stderr)
-        sys.exit(130)
+        _leave(config, "SIGINT", KEPT, 130)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        _leave(config, "failed", f"out of memory; to need less: {memory_advice(config)}", 1)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _leave(config, kind, error, code):
+    if getattr(config, "debug", False):
+        traceback.print_exc()
+    print(f"{os.path.basename(sys.argv[0])}: {kind}: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def out_of_memory(error):
+    """Whether an error is the machine's memory, or the GPU's, running out."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def memory_advice(config):
+    """The flags to lower, in the order that helps most and changes least."""
+    advice = []
+    if getattr(config, "micro_batch_size", 1) > 1:
+        advice.append(f"--micro-batch-size {max(1, config.micro_batch_size // 4)} (now {config.micro_batch_size}; changes nothing else)")
+    if getattr(config, "precision", "bf16") == "fp32":
+        advice.append("--precision bf16")
+    advice += [f"--{name.replace('_', '-')} below {getattr(config, name)}" for name in ("max_response", "max_query", "batch_size")
+               if hasattr(config, name)]
+    return ", then ".join(advice) or "a smaller model"
+
+
+def trial(body, config):
+    """--dry-run: one step of every phase, on a few rows, with all that the script writes going to a temporary folder.
+
+    Finished stages beside --out are used; missing ones are tried too. Says how much memory it took.
+    """
+    out = Path(config.out)
+    with tempfile.TemporaryDirectory(prefix="nanorlhf-dry-run-") as scratch:
+        for stage in ("sft", "reward"):
+            if (out.parent / stage / "results.json").is_file() and stage != out.name:
+                os.symlink((out.parent / stage).absolute(), Path(scratch) / stage)
+        small = {"out": f"{scratch}/{out.name}", "overwrite": False, "resume": False, "dry_run": False, "max_rows": 0, "steps": 1,
+                 "epochs": 1, "eval_rows": 2, "eval_every": 1, "save_steps": 1}
+        small["max_rows"] = getattr(config, "batch_size", 8)
+        body(configuration.replace(config, **{name: value for name, value in small.items() if hasattr(config, name)}))
+    print(f"dry run of {out}: every phase went through one step of a full batch, {peak_memory_mb():.0f} MB of "
+          f"{'GPU memory' if torch.cuda.is_available() and config.device != 'cpu' else 'memory'} at the most; nothing was kept")
 
 
 def pick_device(gpu=None, device="auto"):
@@ -91,16 +168,65 @@ def peak_memory_mb():
 
 # ---- Run folders
 
-def check_free(out, overwrite=False):
-    """Refuse a folder that holds a run already, before any work is done and without touching it."""
+FREE = {"out", "overwrite", "resume", "allow_config_change", "debug", "dry_run", "gpu", "save_steps", "keep_checkpoints"}  # may change
+
+
+def check_run(config):
+    """See that --out may be used, before any work is done: None for a new run, with --resume the checkpoint to go on from.
+
+    A folder that holds a run is refused without --overwrite or --resume; with both it is resumed if its options are this
+    run's, else replaced.
+    """
+    out, overwrite, resume = Path(config.out), config.overwrite, getattr(config, "resume", False)
+    check_free(out, overwrite or resume)
+    if not resume:
+        return None
+    if not (out / "config.toml").is_file():
+        if overwrite:
+            return None
+        raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
+    changed = changes(config, out)
+    if changed and overwrite:
+        return None
+    if changed and not config.allow_config_change:
+        raise InputError(f"--resume: {out} was made with other options ({'; '.join(changed)}): pass the same, such as by --config "
+                         f"{out}/config.toml, or --allow-config-change")
+    if (out / "results.json").is_file():
+        print(f"{out}: finished already, nothing to resume")
+        raise SystemExit(0)
+    checkpoint.sweep(out), checkpoint.sweep(out / "checkpoints")
+    found, skipped = checkpoint.newest(out)
+    for path, fault in skipped:
+        print(f"skipped {path}: {fault}")
+    if changed and found:
+        print(f"resumed with changed options: {'; '.join(changed)}")
+    print(f"resuming from {found}" if found else f"{out} has no checkpoint to resume from: starting from the beginning")
+    return found
+
+
+def changes(config, folder):
+    """What differs between a run folder's options and these, as ["lr: 0.1 there, 0.2 here"], options that may change left out."""
+    theirs, ours = tomllib.loads((Path(folder) / "config.toml").read_text(encoding="utf-8")), configuration.to_dict(config)
+    found = []
+    for name, value in ours.items():
+        there = theirs.get(name)
+        there = None if there == "none" else there
+        if name not in FREE and there != value:
+            found.append(f"{name}: {there} there, {value} here")
+    return found
+
+
+def check_free(out, may_exist=False):
+    """Refuse a folder that cannot be written, is not ours, or, unless it may exist, holds a run; without touching it."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, not a folder; name another")
     if out.is_dir() and any(out.iterdir()):
         if not (out / "config.toml").exists():
             raise InputError(f"--out {out}: the folder is not empty and holds no run of ours; name another")
-        if not overwrite:
-            raise InputError(f"--out {out}: holds a run already; pass --overwrite to replace it, or another --out")
+        if not may_exist:
+            raise InputError(f"--out {out}: holds a run already; pass --resume to go on with it, --overwrite to replace it, or another "
+                             "--out")
     parent = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
     if not parent.is_dir():
         raise InputError(f"--out {out}: {parent} is a file, not a folder; name another")
@@ -109,17 +235,43 @@ def check_free(out, overwrite=False):
 
 
 class Run:
-    """The run folder of one training: create it once all input has proved good."""
+    """The run folder of one training. Make it once all input has proved good; `with run:` around the loop minds the signals.
 
-    def __init__(self, config):
-        check_free(config.out, config.overwrite)
-        self.folder = Path(config.out)
+    Args: config, that of the script; resumed, the checkpoint to go on from (`check_run`), or None for a new run.
+    """
+
+    def __init__(self, config, resumed=None):
+        check_free(config.out, config.overwrite or getattr(config, "resume", False))
+        self.config, self.folder, self.resumed = config, Path(config.out), resumed
+        self.claim, self.signum = None, None
+        self.changed = bool(resumed and changes(config, self.folder))
         if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
+            self._claim()
+            if resumed is None:
+                shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
         configuration.save(config, self.folder / "config.toml")
-        self.started = time.perf_counter()
+        self.started, self.earlier = time.perf_counter(), 0.0
         self.best_score, self.best_step, self.misses = -float("inf"), 0, 0
+
+    def _claim(self):
+        """Lock the folder: two processes in it would ruin each other's files. The lock goes with the process, however it ends."""
+        self.close()
+        self.claim = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise InputError(f"--out {self.folder}: another process is writing this run; wait for it, or name another folder") from None
+
+    def close(self):
+        """Let go of the folder."""
+        if self.claim is not None:
+            os.close(self.claim)
+        self.claim = None
+
+    # -- Log
 
     def log(self, step, metrics):
         """Append one line to metrics.jsonl: {"step": step, metric: float, ...}."""
@@ -134,22 +286,77 @@ class Run:
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def save(self, name, write):
-        """Write a model folder whole or not at all: `write(folder)` fills a temporary one, which is then renamed."""
-        target, partial = self.folder / name, self.folder / f".{name.replace('/', '-')}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+    # -- Checkpoints
 
-    def checkpoint(self, step, write, keep):
-        """Write checkpoints/step-N and prune to the newest `keep`."""
-        self.save(f"checkpoints/step-{step}", write)
-        steps = sorted((self.folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-        for old in steps[:-keep]:
+    def save(self, name, write):
+        """Write a model folder whole or not at all. A full disk keeps the old folder and stops the run."""
+        try:
+            checkpoint.write_folder(self.folder / name, write)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunFailed(f"{self.folder / name} was not written: {os.strerror(error.errno)}; free some space, or lower "
+                            f"--keep-checkpoints; {self.last_good()}") from None
+
+    def check_space(self, optimizer, copies):
+        """RunFailed unless the disk has room for so many copies of the weights that the optimiser trains."""
+        needed = copies * sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise RunFailed(f"{self.folder}: {needed / 2**20:.0f} MB are needed to save, {free / 2**20:.0f} MB are free; free some space; "
+                            f"{self.last_good()}")
+
+    def restore(self, optimizer):
+        """(the step to go on after, the numbers given to `end_step` there): (0, {}) for a new run.
+
+        Restores optimiser, random generators, the best score and the logs' lengths. The model is the script's to load, from
+        `resumed`.
+        """
+        self.check_space(optimizer, copies=3 if self.resumed else 5)  # a checkpoint: weights and two moments; best; final
+        if self.resumed is None:
+            return 0, {}
+        numbers = checkpoint.load_state(self.resumed, optimizer)
+        for name, length in numbers["logged"].items():
+            with open(self.folder / name, "ab") as file:
+                if file.tell() < length:
+                    raise InputError(f"{self.folder / name} is shorter than at {self.resumed}: it was changed since; put it back, or start "
+                                     "anew with --overwrite")
+                file.truncate(length)
+        self.best_score, self.best_step, self.misses = (numbers[name] for name in ("best_score", "best_step", "misses"))
+        self.best_score = -float("inf") if self.best_score is None else self.best_score
+        self.earlier = numbers["seconds"]
+        if self.changed:  # the replay will not be the same: best/ may be of a later step, and is decided anew
+            self.best_score, self.misses = -float("inf"), 0
+        return numbers["step"], numbers["extra"]
+
+    def end_step(self, step, write, optimizer, **extra):
+        """Close a step: save where --save-steps or a signal asks for it, and after a signal leave.
+
+        Args: write(folder) saves the model; extra, numbers of the script's own that a resumed run needs, such as kl_coef.
+        """
+        every = self.config.save_steps
+        if self.signum is not None or every and step % every == 0:
+            self.checkpoint(step, write, optimizer, extra)
+        if self.signum is not None:
+            raise Interrupted(self.signum, f"stopped after step {step}; go on with: {self.resume_command()}")
+
+    def checkpoint(self, step, write, optimizer, extra):
+        """Write checkpoints/step-N, then prune to the newest --keep-checkpoints."""
+        self.check_space(optimizer, copies=3)
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        if not all(torch.isfinite(p).all() for p in weights):
+            raise RunFailed(f"step {step}: the weights are not finite; lower --lr; {self.last_good()}")
+        logs = [self.folder / name for name in ("metrics.jsonl", "samples.jsonl")]
+        logged = {path.name: path.stat().st_size if path.exists() else 0 for path in logs}
+        numbers = {"step": step, "best_score": self.best_score if np.isfinite(self.best_score) else None, "best_step": self.best_step,
+                   "misses": self.misses, "logged": logged, "seconds": self.seconds(), "extra": extra}
+
+        def write_all(folder):
+            write(folder)
+            checkpoint.save_state(folder, optimizer, numbers)
+
+        self.save(f"checkpoints/step-{step}", write_all)
+        for old in checkpoint.step_folders(self.folder)[:-self.config.keep_checkpoints]:
             shutil.rmtree(old)
 
     def keep_best(self, step, score, write):
@@ -162,9 +369,15 @@ class Run:
         else:
             self.misses += 1
 
-    def seconds(self):
-        """Wall time since the run folder was made."""
-        return time.perf_counter() - self.started
+    def until_stalled(self, steps, patience):
+        """The items of `steps` until so many evaluations in a row brought no better score; a patience of 0 waits for ever."""
+        steps = iter(steps)
+        while not (patience and self.misses >= patience):
+            try:
+                yield next(steps)
+            except StopIteration:
+                return
+        print(f"\nno better validation score for {self.misses} evaluations: stopping")
 
     def finish(self, write=None, **results):
         """Write final/ (if there is a model) and, last of all, results.json: a folder that has it holds a finished run."""
@@ -175,6 +388,45 @@ class Run:
         partial = self.folder / ".results.json.partial"
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / "results.json")
+        self.close()
+
+    def seconds(self):
+        """Wall time since the run folder was made, without the pauses between an interruption and a resume."""
+        return self.earlier + time.perf_counter() - self.started
+
+    def resume_command(self):
+        """What to type to go on with this run."""
+        return f"python {shlex.join([os.path.basename(sys.argv[0]), '--config', f'{self.folder}/config.toml', '--resume'])}"
+
+    def last_good(self):
+        """The newest checkpoint, in words for an error message."""
+        found, _ = checkpoint.newest(self.folder)
+        return f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+
+    # -- Signals
+
+    def __enter__(self):
+        """From here on SIGINT and SIGTERM let the step finish; `end_step` then saves and leaves. The second one leaves at once."""
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum, frame):
+        if self.signum is not None:
+            os._exit(128 + signum)
+        self.signum = signum
+        print("\nfinishing this step, then saving; once more to leave at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind, error, trace):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        if kind is not None:
+            self.close()
+        if kind is RunFailed and "checkpoint" not in str(error):
+            raise RunFailed(f"{error}; {self.last_good()}") from None
+        if kind is None and self.signum is not None:  # it came after the last step
+            raise Interrupted(self.signum, f"stopped; go on with: {self.resume_command()}")
 
 
 # ---- Optimisation
@@ -190,35 +442,47 @@ def adamw(modules, lr, eps=1e-8, weight_decay=0.0, betas=(0.9, 0.999)):
 SMALL = 20_000_000  # parameters
 
 
-def learning_rate(asked, model, small, large):
-    """What --lr asks for, or else the rate for a model of this size: models below 20 million parameters have been trained from
-    random weights and take `small`, larger ones are pretrained, and `small` would undo that. Says which."""
+def learning_rate(asked, model, width, small, large):
+    """What --lr asks for, or else a rate for the size of the model. Says which.
+
+    Below 20 million parameters models are trained from random weights here: `small` is the rate at width 128, and it falls with
+    the width (Yang et al. 2022, "Tensor Programs V", table 3: Adam's rate for matrices). Larger ones are pretrained, which
+    `small` would undo: they take `large`.
+    """
     count = sum(p.numel() for p in model.parameters())
-    rate = asked if asked is not None else small if count < SMALL else large
-    print(f"learning rate {rate:g}" + (f", for {count:,} parameters (--lr sets another)" if asked is None else ""))
+    rate = asked if asked is not None else small * 128 / width if count < SMALL else large
+    print(f"learning rate {rate:.3g}" + (f", for {count:,} parameters (--lr sets another)" if asked is None else ""))
     return rate
 
 
-def linear_decay(optimizer, total_steps, warmup_steps=0):
-    """Learning rate: linear from 0 over the warm-up, then linear to 0 at total_steps."""
-    def scale(step):
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+def linear_decay(step, total_steps, warmup_steps=0):
+    """The share of the peak learning rate at a step, from 1: linear up over the warm-up, then linearly towards 0, which would
+    come one step after the last."""
+    if step <= warmup_steps:
+        return step / (warmup_steps + 1)
+    return max(0.0, (total_steps - step + 1) / max(1, total_steps - warmup_steps))
 
 
-def optimiser_step(optimizer, loss_sum, max_grad_norm, step):
+def set_lr(optimizer, lr):
+    """Set the learning rate of the next step; returns it, for the log."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def optimiser_step(optimizer, loss_sum, max_grad_norm, step, rows=()):
     """Clip the gradient and step; a loss or gradient that is not finite stops the run before any weight changes.
 
-    Args: loss_sum, the loss of the whole step as a float; max_grad_norm, the bound on the gradient's norm.
+    Args: loss_sum, the loss of the whole step as a float; max_grad_norm, the bound on the gradient's norm; rows, what the step
+        was computed from, for the message.
     Returns: the gradient's norm before clipping.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not (np.isfinite(loss_sum) and np.isfinite(norm)):
-        raise RunFailed(f"step {step}: the loss is {loss_sum} and its gradient's norm {norm}; no weight was changed. "
-                        "Lower --lr, or look at the rows of this step")
+        shown = f"; its rows are {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}" if rows else ""
+        raise RunFailed(f"step {step}: the loss is {loss_sum} and its gradient's norm {norm}; no weight was changed{shown}; "
+                        "look at them, or lower --lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -5,6 +5,7 @@ that SFT and DPO train on.
 """
 import torch
 
+from nanorlhf.checkpoint import stream
 from nanorlhf.data import format_query
 from nanorlhf.tokenizer import pad
 
@@ -57,3 +58,16 @@ def shuffled_batches(lengths, batch_size, generator, window=16):
         rows = sorted(order[start:start + span], key=lambda row: lengths[row])
         batches += [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def epoch_batches(lengths, batch_size, epochs, seed, done=0):
+    """`shuffled_batches` of every epoch: (step, epoch, row indices, whether the epoch ends here), from step done + 1 on.
+
+    The order of an epoch depends on the seed and its number alone, so that an interrupted run goes on with the batch that was next.
+    """
+    per_epoch = -(-len(lengths) // batch_size)
+    for step in range(done + 1, epochs * per_epoch + 1):
+        epoch, position = divmod(step - 1, per_epoch)
+        if position == 0 or step == done + 1:
+            batches = shuffled_batches(lengths, batch_size, stream(seed, "order", epoch))
+        yield step, epoch + 1, batches[position], position == per_epoch - 1

@@ -55,6 +55,7 @@ class Tokenizer:
     def __init__(self, backend, family, special=None, settings=None):
         """`special` maps roles such as "eos_token" to tokens; `settings` is tokenizer_config.json as it was read."""
         self.backend, self.family, self.settings = backend, family, dict(settings or {})
+        self.cut = 0  # inputs that a max_length has shortened so far
         usual = FAMILIES[family][1].items()
         present = {role: token for role, token in usual if backend.token_to_id(token) is not None}
         self.special = {**present, **(special or {})}
@@ -131,8 +132,10 @@ class Tokenizer:
         start, between, end = self._frame()
         room = _room(max_length, len(start) + len(end) + (len(between) if b is not None else 0))
         if b is None:
+            self.cut += len(a[:room]) < len(a)
             ids = start + a[:room] + end
             return Pair(ids, [0] * len(ids))
+        self.cut += room is not None and len(a) + len(b) > room
         b = b[:room]
         if room is not None:
             a = a[max(0, len(a) + len(b) - room):]
@@ -156,6 +159,7 @@ class Tokenizer:
         room = _room(max_length, len(start) + len(end))
         rows = self._encode_many(texts)
         if room is not None:
+            self.cut += sum(len(row) > room for row in rows)
             rows = [row[-room:] if side == "left" else row[:room] for row in rows]
         return self.pad([start + row + end for row in rows], side)
 
@@ -179,7 +183,7 @@ class Tokenizer:
         settings = _read_json(folder / "tokenizer_config.json")
         backend, family = _read_backend(folder, settings)
         named = {**settings, **_read_json(folder / "special_tokens_map.json")}
-        special = {role: _content(named[role]) for role in ROLES if named.get(role)}
+        special = {role: _content(named[role], folder) for role in ROLES if named.get(role)}
         return cls(backend, family, special, settings)
 
     @classmethod
@@ -241,7 +245,7 @@ def _read_backend(folder, settings):
     if has["tokenizer.json"]:
         backend = _from_tokenizer_json(folder / "tokenizer.json")
     elif has["vocab.json"] and has["merges.txt"]:
-        backend = _from_vocab_and_merges(folder, settings.get("add_prefix_space", False))
+        backend = _from_vocab_and_merges(folder, _flag(settings, "add_prefix_space", False, folder))
     elif has["vocab.txt"]:
         backend = _from_vocab_txt(folder / "vocab.txt", settings)
     else:
@@ -257,7 +261,7 @@ def _family(backend, settings, config):
         return "bert"
     for name in (settings.get("tokenizer_class") or "", config.get("model_type") or ""):
         for family in ("gpt2", "roberta"):
-            if family in name.lower():
+            if family in str(name).lower():
                 return family
     frame = ("<s>", "</s>", "<pad>", "<mask>")
     return "roberta" if all(backend.token_to_id(token) is not None for token in frame) else "gpt2"
@@ -265,8 +269,8 @@ def _family(backend, settings, config):
 
 def _from_tokenizer_json(path):
     data = _read_json(path)
-    model = data.get("model") or {}
-    if not model.get("vocab"):
+    model = data.get("model")
+    if not isinstance(model, dict) or not model.get("vocab"):
         raise InputError(f'{path}: no vocabulary under "model"; it is no tokenizer.json of the `tokenizers` package')
     kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")  # old files do not name it
     byte_level = "ByteLevel" in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])
@@ -274,18 +278,28 @@ def _from_tokenizer_json(path):
         without = " without byte level" if kind == "BPE" else ""
         raise InputError(f"{path}: a {kind} tokenizer{without}; this library reads byte-level BPE (GPT-2, RoBERTa, "
                          "CodeBERT) and WordPiece (BERT)")
-    return tokenizers.Tokenizer.from_file(str(path))
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        if type(error) is not Exception:  # the package raises bare Exception where a file is bad
+            raise
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: tokenizers {tokenizers.__version__} cannot read it ({reason}): get it again, or upgrade") from None
 
 
 def _from_vocab_and_merges(folder, add_prefix_space):
     vocab, merges = _read_json(folder / "vocab.json"), []
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    for token, i in vocab.items():
+        if type(i) is not int or not 0 <= i < hf.MAX_SIZE or not _is_unicode(token):
+            raise InputError(f"{folder / 'vocab.json'}: {token!r} has the id {str(i)[:20]}: it maps tokens to whole numbers from 0 on; "
+                             "get it again")
+    lines = _read_text(folder / "merges.txt").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         pair = tuple(line.rstrip("\r").split(" "))
         if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
-            raise InputError(f"{folder / 'merges.txt'}:{number}: {line!r} does not merge two tokens of vocab.json "
+            raise InputError(f"{folder / 'merges.txt'}:{number}: {line[:60]!r} does not merge two tokens of vocab.json "
                              "into a third; the two files must belong together")
         merges.append(pair)
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
@@ -294,17 +308,25 @@ def _from_vocab_and_merges(folder, add_prefix_space):
 
 
 def _from_vocab_txt(path, settings):
-    tokens = path.read_text(encoding="utf-8").split("\n")   # not splitlines: U+2028 and others can be tokens
+    tokens = _read_text(path).split("\n")   # not splitlines: U+2028 and others can be tokens
     vocab = {token.rstrip("\r"): i for i, token in enumerate(tokens) if token}
     if "[UNK]" not in vocab:
         raise InputError(f"{path}: no [UNK] among its {len(vocab)} lines; a BERT vocabulary has one token a line")
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True), strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True))
+        lowercase=_flag(settings, "do_lower_case", True, path.parent),
+        strip_accents=_flag(settings, "strip_accents", None, path.parent),
+        handle_chinese_chars=_flag(settings, "tokenize_chinese_chars", True, path.parent))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     return backend
+
+
+def _flag(settings, name, default, folder):
+    value = settings.get(name, default)
+    if value is not default and type(value) is not bool:
+        raise InputError(f"{folder / 'tokenizer_config.json'}: {name} is {repr(value)[:60]}; it is true or false")
+    return value
 
 
 def _make_byte_level(backend, add_prefix_space=False):
@@ -315,15 +337,19 @@ def _make_byte_level(backend, add_prefix_space=False):
 
 def _add_tokens(backend, folder, settings):
     """Tokens that users appended to the vocabulary: by id, so that each gets the id its embedding row has."""
-    added = {i: token for token, i in _read_json(folder / "added_tokens.json").items()}
-    added |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    try:
+        added = {int(i): token for token, i in _read_json(folder / "added_tokens.json").items()}
+        added |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        raise InputError(f"{folder}: added_tokens.json, or added_tokens_decoder in tokenizer_config.json, does not map tokens to "
+                         "whole numbers: get it again") from None
     for i, token in sorted(added.items(), key=lambda item: item[0]):
-        text, is_special = _content(token), isinstance(token, dict) and token.get("special", False)
+        text, is_special = _content(token, folder), isinstance(token, dict) and token.get("special", False)
         if backend.token_to_id(text) is None:
             (backend.add_special_tokens if is_special else backend.add_tokens)([text])
         if backend.token_to_id(text) != i:
             raise InputError(f"{folder}: the added token {text!r} should have id {i} but the vocabulary gives it "
-                             f"{backend.token_to_id(text)}")
+                             f"{backend.token_to_id(text)}: the folder's files must belong together")
 
 
 def _bert_options(backend):
@@ -336,24 +362,32 @@ def _bert_options(backend):
 
 def _read_json(path):
     """The object in a JSON file, {} where there is no such file."""
-    if not path.is_file():
-        return {}
+    return hf.read_json(path) if path.is_file() else {}
+
+
+def _read_text(path):
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}): get it again") from None
 
 
 def _write_json(path, data):
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _content(token):
+def _content(token, folder):
     """Special tokens are stored as a string or as {"content": string, "lstrip": ..., ...}."""
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) or not text or not _is_unicode(text):
+        raise InputError(f"{folder}: one of its special or added tokens is {repr(text)[:60]}, not text: mend tokenizer_config.json, "
+                         "special_tokens_map.json or added_tokens.json, or get them again")
+    return text
+
+
+def _is_unicode(text):
+    """False where JSON's escapes left half a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _room(max_length, frame):

@@ -15,7 +15,7 @@ from torch import nn
 from nanorlhf import run as runs
 from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import RunOptions
+from nanorlhf.options import TrainOptions
 from nanorlhf.run import (Run, RunFailed, adamw, check_free, linear_decay, main, optimiser_step, peak_memory_mb,
                           pick_device, seed_everything)
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
-class Config(RunOptions):
+class Config(TrainOptions):
     lr: float = option(1e-3, "learning rate", group="Optimiser", above=0)
 
 
@@ -45,12 +45,17 @@ def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
+def contents(folder):
+    """`tree` without manifests."""
+    return {name: content for name, content in tree(folder).items() if not name.endswith("manifest.json")}
+
+
 # ---------------------------------------------------------------------------------------------------------- exit codes
 
 @pytest.mark.parametrize("error, code, line", [
     (InputError("--lr is odd"), 2, "train_x.py: error: --lr is odd\n"),
     (RunFailed("the loss is nan"), 1, "train_x.py: failed: the loss is nan\n"),
-    (KeyboardInterrupt(), 130, "train_x.py: interrupted; checkpoints written so far are kept\n"),
+    (KeyboardInterrupt(), 130, "train_x.py: SIGINT: interrupted; what was saved is kept, and the same command with --resume goes on from it\n"),
 ], ids=["input", "run", "interrupt"])
 def test_exit_codes(monkeypatch, capsys, error, code, line):
     """One line on stderr, nothing on stdout, and the house's code."""
@@ -84,7 +89,7 @@ def test_an_interrupted_process_exits_130(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 130
-    assert done.stderr == "train_x.py: interrupted; checkpoints written so far are kept\n"
+    assert done.stderr == "train_x.py: SIGINT: interrupted; what was saved is kept, and the same command with --resume goes on from it\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- device
@@ -151,7 +156,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(InputError, match="--overwrite"):
         check_free(tmp_path)
-    check_free(tmp_path, overwrite=True)
+    check_free(tmp_path, may_exist=True)
 
 
 def test_a_folder_of_the_user_is_never_overwritten(tmp_path):
@@ -166,7 +171,7 @@ def test_a_folder_of_the_user_is_never_overwritten(tmp_path):
 def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        check_free(tmp_path / "run", overwrite=True)
+        check_free(tmp_path / "run", may_exist=True)
 
 
 def test_a_file_on_the_way_to_the_folder(tmp_path):
@@ -194,6 +199,7 @@ def test_a_new_run_holds_its_config(run, tmp_path):
 def test_overwrite_replaces_the_old_run(run):
     run.log(1, {"loss": 1.0})
     run.save("final", writer("old"))
+    run.close()
     Run(settings("--out", str(run.folder), "--overwrite", "--lr", "0.5"))
     assert sorted(tree(run.folder)) == ["config.toml"]
     assert tomllib.loads((run.folder / "config.toml").read_text())["lr"] == 0.5
@@ -213,23 +219,22 @@ def test_save_replaces_whole_folders(run):
     """A file of the old folder that the new one lacks is gone; nothing temporary stays."""
     run.save("best", lambda folder: (writer("1")(folder), (folder / "extra").write_text("")))
     run.save("best", writer("2"))
-    assert tree(run.folder / "best") == {"weights": b"2"}
+    assert contents(run.folder / "best") == {"weights": b"2"}
     assert sorted(p.name for p in run.folder.iterdir()) == ["best", "config.toml"]
 
 
-def test_a_failed_save_leaves_the_old_folder(run):
-    """Disk full half-way: best/ is still the old one, and the next save is not disturbed by what was left."""
+def test_a_full_disk_leaves_the_old_folder(run):
+    """ENOSPC half-way: best/ is still the old one, nothing half-written stays, the message says what to do."""
     run.save("best", writer("old"))
 
     def disk_full(folder):
         writer("half")(folder)
-        (folder / "other half").write_text("")
         raise OSError(28, "No space left on device")
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunFailed, match="best was not written: No space left on device; free some space.*no checkpoint yet"):
         run.save("best", disk_full)
-    assert tree(run.folder / "best") == {"weights": b"old"}
+    assert contents(run.folder) == {"config.toml": (run.folder / "config.toml").read_bytes(), "best/weights": b"old"}
     run.save("best", writer("new"))
-    assert tree(run.folder / "best") == {"weights": b"new"}
+    assert contents(run.folder / "best") == {"weights": b"new"}
 
 
 def test_a_first_save_that_fails_leaves_no_folder(run):
@@ -240,13 +245,14 @@ def test_a_first_save_that_fails_leaves_no_folder(run):
     assert not (run.folder / "final").exists()
 
 
-def test_checkpoints_are_pruned_to_the_newest(run):
+def test_checkpoints_are_pruned_to_the_newest(tmp_path):
     """By number, not by name: step-100 is newer than step-20, which as text comes last."""
+    run = Run(settings("--out", str(tmp_path / "run"), "--keep-checkpoints", "2"))
+    optimizer = adamw([module()], 0.1)
     for step in (10, 20, 100):
-        run.checkpoint(step, writer(str(step)), keep=2)
-    assert tree(run.folder / "checkpoints") == {"step-20/weights": b"20", "step-100/weights": b"100"}
-    run.checkpoint(110, writer("110"), keep=1)
-    assert tree(run.folder / "checkpoints") == {"step-110/weights": b"110"}
+        run.checkpoint(step, writer(str(step)), optimizer, {})
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-100", "step-20"]
+    assert (run.folder / "checkpoints" / "step-20" / "weights").read_text() == "20"
 
 
 def test_the_best_is_kept_and_misses_are_counted(run):
@@ -274,25 +280,15 @@ def test_finish_writes_the_model_then_the_results(run, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------- optimisation
 
-def rates(total, warmup, steps):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler, found = linear_decay(optimizer, total, warmup), []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return found
-
-
 @pytest.mark.parametrize("total, warmup, expected", [
-    (4, 0, [2, 1.5, 1, 0.5, 0, 0]),               # 2 * (4 - s) / 4, and 0 from step 4 on
-    (5, 1, [1, 2, 1.5, 1, 0.5, 0]),               # half-way up after 1 of 1 + 1; then 2 * (5 - s) / 4
-    (6, 3, [0.5, 1, 1.5, 2, 4 / 3, 2 / 3]),       # quarters up to the peak at step 3; then 2 * (6 - s) / 3
+    (4, 0, [2, 1.5, 1, 0.5, 0, 0]),               # 2 * (5 - step) / 4, and 0 after step 4
+    (5, 1, [1, 2, 1.5, 1, 0.5, 0]),               # half-way up at step 1; then 2 * (6 - step) / 4
+    (6, 3, [0.5, 1, 1.5, 2, 4 / 3, 2 / 3]),       # quarters up to the peak at step 4; then 2 * (7 - step) / 3
     (1, 0, [2, 0]),
 ])
 def test_linear_decay_by_hand(total, warmup, expected):
-    """Peak 2.0: every step of the schedule trains (no rate of 0 before total_steps), and none rises past the peak."""
-    assert rates(total, warmup, len(expected)) == pytest.approx(expected)
+    """Peak 2.0: every step of the schedule trains (no rate of 0 up to total_steps), and none rises past the peak."""
+    assert [2 * linear_decay(step, total, warmup) for step in range(1, len(expected) + 1)] == pytest.approx(expected)
 
 
 def module():
