@@ -185,7 +185,7 @@ def train(config):
     lr = learning_rate(config.lr, policy, policy.config.n_embd, 6e-5, 1e-6)
     optimizer = adamw([policy], lr, weight_decay=config.weight_decay)
     lengths = [len(query) + max(len(chosen), len(rejected)) for query, chosen, rejected in encoded]
-    step, _ = run.restore(optimizer)
+    step, _ = run.restore(optimizer, total_steps)
 
     def save(folder):
         policy.save_pretrained(folder)

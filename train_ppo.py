@@ -221,7 +221,7 @@ def train(config):
     optimizer = adamw([actor], lr, eps=1e-5)
     controller = FixedKLController(config.kl_coef) if config.kl_target is None else \
         AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
-    step, resumed = run.restore(optimizer)
+    step, resumed = run.restore(optimizer, config.steps)
     controller.value = resumed.get("kl_coef", controller.value)
 
     def save(folder):

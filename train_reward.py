@@ -193,7 +193,7 @@ def train(config):
     lr = learning_rate(config.lr, model, model.width, 1e-3, 2e-5)
     optimizer = adamw([model], lr, weight_decay=config.weight_decay)
     lengths = [len(row["prompt"]) + len(row.get("chosen") or row.get("response") or "") for row in train_rows]
-    step, _ = run.restore(optimizer)
+    step, _ = run.restore(optimizer, total_steps)
 
     def evaluate(step, epoch):
         numbers = validate(model, held_out, config)

@@ -141,7 +141,7 @@ def train(config):
     lr = learning_rate(config.lr, model, model.config.n_embd, 2e-3, 5e-5)
     optimizer = adamw([model], lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
     lengths = [len(query) + len(response) for query, response in zip(queries, responses)]
-    step, _ = run.restore(optimizer)
+    step, _ = run.restore(optimizer, total_steps)
 
     def save(folder):
         model.save_pretrained(folder)

@@ -12,6 +12,7 @@ Deviations from transformers: models are built in eval mode (dropout is off in P
 cross-attention and the attention variants that no released GPT-2 uses are refused, not ignored.
 """
 
+import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -335,8 +336,10 @@ class GPT2(nn.Module):
                 for name, tensor in self.state_dict().items()}
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors; transformers' AutoModelForCausalLM loads them."""
+        """Write config.json, generation_config.json and model.safetensors; transformers' AutoModelForCausalLM loads them."""
         hf.write(folder, self.to_state(), self.config.to_dict())
+        ends = {name: getattr(self.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        (Path(folder) / "generation_config.json").write_text(json.dumps(ends, indent=1) + "\n")
 
 
 def position_ids(input_ids, attention_mask=None, past=0):

@@ -38,7 +38,7 @@ def ensure(script, folder, config, **options):
     asked = {name: str(value) for name, value in options.items() if value}
     if (folder / "results.json").is_file():
         shared = {name: getattr(config, name) for name in
-                  ("data", "data_format", "validation", "test", "split_seed", "min_probability", "max_rows", "skip_bad_rows", "template")}
+                  ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template")}
         check_same(folder, shared | asked | {name: options[name] for name in options if name == "policy"})
         print(f"{folder}: finished already, reused (seed {read_config(folder).get('seed', 0)})")
         return

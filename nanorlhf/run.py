@@ -5,6 +5,7 @@ A run folder holds
     config.toml      every option as resolved; `--config` runs it again
     metrics.jsonl    one line a step
     samples.jsonl    prompts and responses seen at each evaluation
+    progress.json    the number of steps: `python -m nanorlhf.status` reads it, and the log, while the run goes on
     results.json     the numbers at the end
     plots/           curves
     checkpoints/     step-N/, every --save-steps and where the run was interrupted: all that --resume needs
@@ -274,8 +275,8 @@ class Run:
     # -- Log
 
     def log(self, step, metrics):
-        """Append one line to metrics.jsonl: {"step": step, metric: float, ...}."""
-        self._append("metrics.jsonl", {"step": step, **metrics})
+        """Append one line to metrics.jsonl: {"step": step, metric: float, ...}, with the seconds since the run began."""
+        self._append("metrics.jsonl", {"step": step, **metrics, "time/run": round(self.seconds(), 2)})
 
     def samples(self, step, rows):
         """Append prompts and responses to samples.jsonl."""
@@ -306,13 +307,14 @@ class Run:
             raise RunFailed(f"{self.folder}: {needed / 2**20:.0f} MB are needed to save, {free / 2**20:.0f} MB are free; free some space; "
                             f"{self.last_good()}")
 
-    def restore(self, optimizer):
+    def restore(self, optimizer, total_steps):
         """(the step to go on after, the numbers given to `end_step` there): (0, {}) for a new run.
 
         Restores optimiser, random generators, the best score and the logs' lengths. The model is the script's to load, from
         `resumed`.
         """
         self.check_space(optimizer, copies=3 if self.resumed else 5)  # a checkpoint: weights and two moments; best; final
+        (self.folder / "progress.json").write_text(json.dumps({"total_steps": total_steps}) + "\n")
         if self.resumed is None:
             return 0, {}
         numbers = checkpoint.load_state(self.resumed, optimizer)
@@ -382,13 +384,24 @@ class Run:
     def finish(self, write=None, **results):
         """Write final/ (if there is a model) and, last of all, results.json: a folder that has it holds a finished run."""
         if write is not None:
-            self.save("final", write)
+            self.save("final", lambda folder: (write(folder), self._write_card(folder, results)))
         results["seconds"] = round(self.seconds(), 1)
         results["peak_memory_mb"] = round(peak_memory_mb())
         partial = self.folder / ".results.json.partial"
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, self.folder / "results.json")
         self.close()
+
+    def _write_card(self, folder, results):
+        """README.md of final/: where the model comes from, and its numbers as far as they are plain."""
+        script = os.path.basename(sys.argv[0])
+        numbers = {name: value for name, value in results.items() if isinstance(value, (int, float))}
+        lines = ["---", "library_name: transformers", "tags: [nanorlhf, rlhf, code-generation]", "---", "",
+                 f"# {self.folder.name}", "", f"Made by nanorlhf's `{script}`, whose run folder holds all options in `config.toml` and all "
+                 "results in `results.json`.", "", "Options that differ from the defaults:", "",
+                 *(f"- `{line}`" for line in configuration.differences(self.config)), "", "| | |", "|---|---|",
+                 *(f"| {name} | {value:.6g} |" for name, value in numbers.items())]
+        (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def seconds(self):
         """Wall time since the run folder was made, without the pauses between an interruption and a resume."""

@@ -382,3 +382,68 @@ def test_two_processes_do_not_share_a_folder(home, tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
+
+
+# ------------------------------------------------------------------------------------------------------------ dry runs
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_tries_everything_and_keeps_nothing(home, tmp_path, capsys, stage):
+    """Beside finished stages, which it uses and leaves as they are; a line says how much memory it took."""
+    out = tmp_path / "runs" / stage
+    out.parent.mkdir()
+    for other in ("sft", "reward"):
+        if other != stage:
+            (out.parent / other).symlink_to(home / "runs" / other)
+    before = sorted(path.name for path in out.parent.iterdir()), sorted(Path("/tmp").glob("nanorlhf-dry-run-*"))
+    assert launch(home, stage, out, "--dry-run") == 0
+    assert (sorted(path.name for path in out.parent.iterdir()), sorted(Path("/tmp").glob("nanorlhf-dry-run-*"))) == before
+    shown = capsys.readouterr().out
+    assert f"dry run of {out}: every phase went through one step" in shown and "MB of memory" in shown
+
+
+def test_a_dry_run_finds_what_would_fail(home, tmp_path, capsys):
+    assert launch(home, "ppo", tmp_path / "ppo", "--dry-run", "--max-response", "2000", "--policy", str(home / "runs" / "sft")) == 2
+    assert "positions" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- status
+
+def test_status_of_a_finished_a_running_and_a_stopped_run(home, tmp_path, capsys):
+    from nanorlhf.status import main as status
+    assert status([str(home / "runs" / "ppo")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].endswith("ppo: finished") and shown[1].startswith("step 6 of 6 (100%) after 0:")
+    assert "score" in shown[2] and "kl" in shown[2] and shown[3].startswith("latest evaluation, step 6: reward")
+    assert "checkpoints/step-2: whole" in shown and "final: whole" in shown
+    out = tmp_path / "sft"
+    process = start(home, "sft", out, "--epochs", "200")
+    assert status([str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert ": running\n" in shown and "of training left" in shown
+    process.kill()
+    process.communicate()
+    (out / "metrics.jsonl").open("a").write('{"step": 9, "lo')
+    for path in step_folders(out):
+        (path / "config.json").write_text("")
+    assert status([str(out)]) == 1
+    shown = capsys.readouterr().out
+    assert "stopped before its end" in shown and (": config.json has 0 bytes instead of" in shown or not step_folders(out))
+    assert status([str(tmp_path)]) == 2 and "no run there" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- out of memory
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")])
+def test_out_of_memory_names_the_flags_to_lower_in_order(monkeypatch, capsys, error):
+    import train_ppo
+    monkeypatch.setattr(sys, "argv", ["train_ppo.py"])
+
+    def body(config):
+        raise error
+    with pytest.raises(SystemExit) as exit:
+        main(body, parse(train_ppo.Config, train_ppo.PRESETS, []))
+    shown = capsys.readouterr().err
+    assert exit.value.code == 1 and shown.count("\n") == 1
+    places = [shown.index(flag) for flag in ("--micro-batch-size 32", "--precision bf16", "--max-response below 32", "--batch-size below")]
+    assert places == sorted(places)

@@ -210,6 +210,7 @@ def test_the_log_is_one_json_line_a_step(run):
     run.log(2, {"loss": 0.25, "eval/reward": -1.0})
     run.samples(2, [{"prompt": "é", "response": "x\ny"}, {"prompt": "b", "response": ""}])
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row.pop("time/run") >= 0 for row in rows)
     assert rows == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "eval/reward": -1.0}]
     rows = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text("utf-8").splitlines()]
     assert rows == [{"step": 2, "prompt": "é", "response": "x\ny"}, {"step": 2, "prompt": "b", "response": ""}]
