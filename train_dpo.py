@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, TrainOptions
+from nanorlhf.options import DataOptions, KernelOptions, TrainOptions
 
 
 @dataclass
-class Config(DataOptions, TrainOptions):
+class Config(KernelOptions, DataOptions, TrainOptions):
     out: str = option("runs/dpo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
@@ -78,13 +78,13 @@ from nanorlhf.data import open_data, read
 from nanorlhf.evaluation import add_rewards, answer, known, report, summary
 from nanorlhf.feedback import PAIR_FILES
 from nanorlhf.gpt2 import GPT2
-from nanorlhf.logprobs import token_logprobs
 from nanorlhf.losses import dpo_loss
+from nanorlhf.ops import TORCH, choose
 from nanorlhf.plots import plot_dpo
 from nanorlhf.reward import load_reward
 from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
-from nanorlhf.sequences import encode_queries, encode_responses, join, predict, epoch_batches
+from nanorlhf.sequences import encode_queries, encode_responses, epoch_batches, join, response_states
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -99,35 +99,35 @@ def encode(tokenizer, pairs, config):
     return list(zip(queries, chosen, rejected))
 
 
-def sequence_logps(model, tokenizer, queries, responses, config):
+def sequence_logps(model, tokenizer, queries, responses, config, ops=TORCH):
     """Log-prob of each response, (B,): summed over its tokens; for ipo their mean, unless sums are asked for."""
     ids, attention_mask, response_mask = (x.to(model.device) for x in join(queries, responses, tokenizer.pad_id))
     with autocast(model.device, config.precision):
-        logits, targets = predict(model, ids, attention_mask, response_mask)  # (N, V), (N,)
-    logprobs, _ = token_logprobs(logits, targets)  # (N,)
+        hidden, targets = response_states(model, ids, attention_mask, response_mask)  # (N, C), (N,)
+        logprobs, _ = ops.score(model, hidden, targets, 1.0)  # (N,)
     row = torch.nonzero(response_mask)[:, 0]  # (N,) the row each token belongs to
     logps = torch.zeros(len(ids), device=ids.device).index_add(0, row, logprobs)
     mean = config.loss_type == "ipo" and not config.ipo_sum
     return logps / response_mask.sum(1) if mean else logps
 
 
-def pair_logps(model, tokenizer, pairs, config):
+def pair_logps(model, tokenizer, pairs, config, ops=TORCH):
     """(chosen logps, rejected logps), (B,) each, in one forward."""
     queries, chosen, rejected = zip(*pairs)
-    return sequence_logps(model, tokenizer, queries * 2, chosen + rejected, config).chunk(2)
+    return sequence_logps(model, tokenizer, queries * 2, chosen + rejected, config, ops).chunk(2)
 
 
 @torch.no_grad()
-def reference_logps(model, tokenizer, pairs, config):
+def reference_logps(model, tokenizer, pairs, config, ops=TORCH):
     """The reference's logps of all pairs, (N, 2), computed once."""
-    chunks = [torch.stack(pair_logps(model, tokenizer, pairs[i:i + config.micro_batch_size], config), 1)
+    chunks = [torch.stack(pair_logps(model, tokenizer, pairs[i:i + config.micro_batch_size], config, ops), 1)
               for i in range(0, len(pairs), config.micro_batch_size)]
     return torch.cat(chunks)
 
 
-def batch_loss(model, tokenizer, pairs, ref_logps, config):
+def batch_loss(model, tokenizer, pairs, ref_logps, config, ops=TORCH):
     """(losses (B,), stats) of some pairs; ref_logps (B, 2)."""
-    chosen_logps, rejected_logps = pair_logps(model, tokenizer, pairs, config)
+    chosen_logps, rejected_logps = pair_logps(model, tokenizer, pairs, config, ops)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen_logps, rejected_logps, ref_logps[:, 0], ref_logps[:, 1], config.beta, config.loss_type, config.label_smoothing,
         config.reference_free)
@@ -139,12 +139,12 @@ def batch_loss(model, tokenizer, pairs, ref_logps, config):
 
 
 @torch.no_grad()
-def validate(model, tokenizer, pairs, ref_logps, config):
+def validate(model, tokenizer, pairs, ref_logps, config, ops=TORCH):
     """Mean of each statistic over the validation pairs, as eval/..."""
     sums = {}
     for start in range(0, len(pairs), config.micro_batch_size):
         rows = slice(start, start + config.micro_batch_size)
-        _, stats = batch_loss(model, tokenizer, pairs[rows], ref_logps[rows], config)
+        _, stats = batch_loss(model, tokenizer, pairs[rows], ref_logps[rows], config, ops)
         for name, value in stats.items():
             sums[name] = sums.get(name, 0.0) + value * len(pairs[rows])
     return {f"eval/{name.removeprefix('rewards/')}": value / len(pairs) for name, value in sums.items()}
@@ -154,6 +154,7 @@ def train(config):
     checkpoint = check_run(config)
     device = pick_device(config.gpu, config.device)
     sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
+    ops = choose(config.kernels, device, config.low_memory)
     splits, leakage = open_data(config)
     reward = load_reward(config.reward, "mean", device) if config.reward else None  # a bad one is found before any training
     if splits.train[0].chosen is None and splits.train[0].reference is None:
@@ -177,8 +178,8 @@ def train(config):
     print(f"data: {splits.source}; {len(encoded)} training and {len(held_out)} validation pairs\n"
           f"policy and reference: {folder}; evaluated by: {'validation pairs only' if reward is None else ', '.join(config.reward) or reward_folder}")
 
-    ref_logps = reference_logps(reference, tokenizer, encoded, config)  # (N, 2)
-    held_out_ref_logps = reference_logps(reference, tokenizer, held_out, config)
+    ref_logps = reference_logps(reference, tokenizer, encoded, config, ops)  # (N, 2)
+    held_out_ref_logps = reference_logps(reference, tokenizer, held_out, config, ops)
     run = Run(config, checkpoint)
     total_steps = config.epochs * -(-len(encoded) // config.batch_size)
     warmup_steps = int(config.warmup * total_steps)
@@ -192,7 +193,7 @@ def train(config):
         tokenizer.save_pretrained(folder)
 
     def evaluate(step):
-        numbers = validate(policy, tokenizer, held_out, held_out_ref_logps, config)
+        numbers = validate(policy, tokenizer, held_out, held_out_ref_logps, config, ops)
         if reward is not None:
             rows = add_rewards(answer(policy, tokenizer, splits.validation[:config.eval_rows], config, config.temperature,
                                       reference, seed=config.seed), reward)
@@ -212,7 +213,7 @@ def train(config):
             sums = {}
             for start in range(0, len(batch), config.micro_batch_size):
                 rows = batch[start:start + config.micro_batch_size]
-                losses, stats = batch_loss(policy, tokenizer, [encoded[i] for i in rows], ref_logps[rows], config)
+                losses, stats = batch_loss(policy, tokenizer, [encoded[i] for i in rows], ref_logps[rows], config, ops)
                 (losses.sum() / len(batch)).backward()
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + value * len(rows) / len(batch)
@@ -228,7 +229,7 @@ def train(config):
 
     policy.load_state_dict(GPT2.from_pretrained(run.folder / "best").state_dict())
     results = {} if reward is None else report(run.folder, {"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference)
-    results["validation"] = validate(policy, tokenizer, held_out, held_out_ref_logps, config)
+    results["validation"] = validate(policy, tokenizer, held_out, held_out_ref_logps, config, ops)
     run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage)
     plot_dpo(run.folder)
     print(f"{run.folder}/final is step {run.best_step}, the best by validation "

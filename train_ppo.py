@@ -21,11 +21,11 @@ from dataclasses import dataclass
 
 from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, TrainOptions
+from nanorlhf.options import DataOptions, KernelOptions, TrainOptions
 
 
 @dataclass
-class Config(DataOptions, TrainOptions):
+class Config(KernelOptions, DataOptions, TrainOptions):
     out: str = option("runs/ppo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
@@ -106,17 +106,18 @@ import torch
 from tqdm import tqdm
 
 from nanorlhf import pipeline
-from nanorlhf.advantages import AdaptiveKLController, FixedKLController, gae, shape_rewards
+from nanorlhf.advantages import AdaptiveKLController, FixedKLController, shape_rewards
 from nanorlhf.checkpoint import stream
 from nanorlhf.data import open_data
 from nanorlhf.evaluation import add_rewards, answer, check_finite, in_words, known, report, summary
 from nanorlhf.gpt2 import GPT2, PolicyWithValue
 from nanorlhf.logprobs import kl_estimate
-from nanorlhf.losses import ppo_policy_loss, ppo_value_loss
-from nanorlhf.masked import masked_mean, masked_var, whiten
+from nanorlhf.losses import ppo_value_loss
+from nanorlhf.masked import masked_var, whiten
+from nanorlhf.ops import TORCH, choose
 from nanorlhf.plots import plot_ppo
 from nanorlhf.reward import call_reward, load_reward
-from nanorlhf.rollout import roll_out, score_tokens
+from nanorlhf.rollout import hidden_states, roll_out
 from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
 from nanorlhf.sequences import encode_queries
@@ -143,7 +144,7 @@ def final_scores(scores, ended, config):
     return torch.where(ended, scores, penalised)
 
 
-def update(actor, optimizer, batch, advantages, returns, config, step, ids=()):
+def update(actor, optimizer, batch, advantages, returns, config, step, ids=(), ops=TORCH):
     """Step 5: epochs of minibatches. Returns the mean of each statistic over the optimiser steps taken."""
     sums, taken, generator = {}, 0, stream(config.seed, "minibatches", step)
     for _ in range(config.ppo_epochs):
@@ -152,9 +153,9 @@ def update(actor, optimizer, batch, advantages, returns, config, step, ids=()):
             tokens = batch.response_mask[minibatch].sum()  # the optimiser step's denominator, whatever the micro-batches
             stats = {}
             for rows in minibatch.split(config.micro_batch_size):
+                loss, micro_stats = minibatch_loss(actor, batch.select(rows), advantages[rows], returns[rows], tokens, config, ops)
+                loss.backward()
                 share = (batch.response_mask[rows].sum() / tokens).item()
-                loss, micro_stats = minibatch_loss(actor, batch.select(rows), advantages[rows], returns[rows], config)
-                (loss * share).backward()
                 for name, value in micro_stats.items():
                     stats[name] = stats.get(name, 0.0) + value * share
             stats["grad_norm"] = optimiser_step(optimizer, stats["loss/total"], config.max_grad_norm, step,
@@ -166,19 +167,23 @@ def update(actor, optimizer, batch, advantages, returns, config, step, ids=()):
     return {**{name: value / taken for name, value in sums.items()}, "policy/updates": taken}
 
 
-def minibatch_loss(actor, batch, advantages, returns, config):
-    """(loss, stats) of some rows of a rollout: policy loss + vf_coef * value loss - entropy_coef * entropy."""
+def minibatch_loss(actor, batch, advantages, returns, tokens, config, ops=TORCH):
+    """(loss, stats) of some rows of a rollout: policy loss + vf_coef * value loss - entropy_coef * entropy.
+
+    The loss is divided by `tokens`, those of the whole optimiser step, so that the losses of its micro-batches add up; the
+    statistics are means over these rows.
+    """
     mask = batch.response_mask  # (B, R)
     with autocast(mask.device, config.precision):
-        new_logprobs, entropy, new_values = score_tokens(actor, batch.query_response, batch.attention_mask, mask.shape[1],
-                                                         config.temperature)
-    policy_loss, policy_stats = ppo_policy_loss(new_logprobs, batch.logprobs, advantages, mask, config.cliprange, config.dual_clip)
+        hidden, new_values = hidden_states(actor, batch.query_response, batch.attention_mask, mask.shape[1])
+        policy_loss, found = ops.ppo_loss(
+            actor.policy, hidden, batch.query_response[:, -mask.shape[1]:], batch.logprobs, advantages, mask, config.temperature,
+            cliprange=config.cliprange, dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, denominator=tokens)
     value_loss, value_stats = ppo_value_loss(new_values[:, :-1], batch.values, returns, mask, config.cliprange_value)
-    mean_entropy = masked_mean(entropy if config.entropy_coef else entropy.detach(), mask)
-    loss = policy_loss + config.vf_coef * value_loss - config.entropy_coef * mean_entropy
-    return loss, {"loss/total": loss.item(), "loss/policy": policy_loss.item(), "loss/value": value_loss.item(),
-                  "policy/entropy": mean_entropy.item(), **{f"policy/{name}": value for name, value in policy_stats.items()},
-                  **{f"value/{name}": value for name, value in value_stats.items()}}
+    total = found["policy_loss"] + config.vf_coef * value_loss.item() - config.entropy_coef * found["entropy"]
+    return policy_loss + config.vf_coef * value_loss * (mask.sum() / tokens), {
+        "loss/total": total, "loss/policy": found.pop("policy_loss"), "loss/value": value_loss.item(),
+        **{f"policy/{name}": value for name, value in found.items()}, **{f"value/{name}": value for name, value in value_stats.items()}}
 
 
 def explained_variance(values, returns, mask):
@@ -203,6 +208,7 @@ def make_stages(config, device):
 def train(config):
     checkpoint = check_run(config)
     device = pick_device(config.gpu, config.device)
+    ops = choose(config.kernels, device, config.low_memory)
     splits, leakage = open_data(config)
     folder, reward, reward_name = make_stages(config, device)
     seed_everything(config.seed)
@@ -248,7 +254,7 @@ def train(config):
             # 1. Roll out: sample responses, and score their tokens under policy, value head and reference.
             with autocast(device, config.precision):
                 batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
-                                 config.top_k, config.top_p, stream(config.seed, "tokens", step, device), config.micro_batch_size)
+                                 config.top_k, config.top_p, stream(config.seed, "tokens", step, device), config.micro_batch_size, ops)
             mask = batch.response_mask  # (B, R)
 
             # 2. Score the responses.
@@ -262,14 +268,14 @@ def train(config):
 
             # 4. Advantages and returns.
             last_values = torch.where(batch.ended, 0, batch.last_values) if config.bootstrap_truncated else None
-            advantages, returns = gae(rewards, batch.values, mask, config.gamma, config.lam, last_values)
+            advantages, returns = ops.gae(rewards, batch.values, mask, config.gamma, config.lam, last_values)
             if config.whiten_advantages:
                 advantages = whiten(advantages, mask)
             rolled_out = time.perf_counter()
 
             # 5. Epochs of minibatches.
             rate = set_lr(optimizer, lr * linear_decay(step, config.steps))
-            stats = update(actor, optimizer, batch, advantages, returns, config, step, [r.id for r in records])
+            stats = update(actor, optimizer, batch, advantages, returns, config, step, [r.id for r in records], ops)
 
             # 6. KL controller, log, evaluate, save.
             response_kl = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()

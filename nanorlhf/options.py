@@ -31,6 +31,14 @@ class TrainOptions(RunOptions):
 
 
 @dataclass
+class KernelOptions:
+    """Who computes log-probs and losses from logits."""
+    kernels: str = option("auto", "triton | torch; auto: Triton on a CUDA device where it is installed", group="Kernels",
+                          choices=("auto", "triton", "torch"))
+    low_memory: bool = option(False, "compute the logits a few rows or tiles at a time, twice: memory no longer depends on the vocabulary")
+
+
+@dataclass
 class DataOptions:
     """What is trained on, and how a prompt becomes a query."""
     data: str = option("nano", "nano (embedded), conala, or a file or folder (see data/README.md)", group="Data", metavar="PATH")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from nanorlhf.errors import InputError
-from nanorlhf.logprobs import log_softmax, token_logprobs
+from nanorlhf.logprobs import log_softmax
+from nanorlhf.ops import TORCH
 from nanorlhf.tokenizer import pad
 
 
@@ -118,37 +119,41 @@ class Rollout:
         return Rollout(**{name: value[rows] if torch.is_tensor(value) else [] for name, value in vars(self).items()})
 
 
-def score_tokens(model, query_response, attention_mask, response_length, temperature):
+def hidden_states(model, query_response, attention_mask, response_length):
+    """The hidden states (B, R, C) that predict the response tokens, and the values (B, R + 1) before each of them and after the
+    last column; None for a model without a value head. `model`: a GPT2, or a PolicyWithValue."""
+    policy = getattr(model, "policy", model)
+    hidden = policy.hidden(query_response, attention_mask)[:, query_response.shape[1] - response_length - 1:]  # (B, R + 1, C)
+    return hidden[:, :-1], model.value_head(hidden) if hasattr(model, "value_head") else None
+
+
+def score_tokens(model, query_response, attention_mask, response_length, temperature, ops=TORCH):
     """Log-probs and entropy of the response tokens, in one forward over query and response.
 
     Args:
         model: a GPT2, or a PolicyWithValue.
         query_response, attention_mask: (B, T); the last `response_length` = R columns are the response.
+        ops: who computes them, and whether the logits are ever whole (nanorlhf.ops).
     Returns: logprobs (B, R), entropy (B, R), values (B, R + 1): the values before each response token and after the last
         column; None for a model without a value head. Gradient flows.
     """
-    start = query_response.shape[1] - response_length
-    if hasattr(model, "value_head"):
-        logits, values = model(query_response, attention_mask, start=start - 1)  # (B, R + 1, V), (B, R + 1)
-        logits = logits[:, :-1]
-    else:
-        hidden = model.hidden(query_response, attention_mask)  # (B, T, C)
-        logits, values = model.logits(hidden[:, start - 1:-1]), None  # (B, R, V)
-    logprobs, entropy = token_logprobs(logits, query_response[:, start:], temperature)
+    hidden, values = hidden_states(model, query_response, attention_mask, response_length)
+    targets = query_response[:, -response_length:]  # (B, R)
+    logprobs, entropy = ops.score(getattr(model, "policy", model), hidden, targets, temperature)
     return logprobs, entropy, values
 
 
 @torch.no_grad()
-def score_in_parts(model, query_response, attention_mask, response_length, temperature, part=128):
+def score_in_parts(model, query_response, attention_mask, response_length, temperature, part=128, ops=TORCH):
     """`score_tokens` without gradient, `part` rows at a time: never more than (part, R, V) logits in memory."""
-    columns = zip(*(score_tokens(model, ids, mask, response_length, temperature)
+    columns = zip(*(score_tokens(model, ids, mask, response_length, temperature, ops)
                     for ids, mask in zip(query_response.split(part), attention_mask.split(part))))
     return tuple(None if column[0] is None else torch.cat(column) for column in columns)
 
 
 @torch.no_grad()
 def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
-             micro_batch_size=128):
+             micro_batch_size=128, ops=TORCH):
     """Sample responses and score them with policy, value head and reference under the same padding.
 
     The policy's log-probs come from a scoring forward, not from the sampling loop: it is the computation that the update
@@ -158,7 +163,7 @@ def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1
         actor: a PolicyWithValue.
         reference: a GPT2 that does not change.
         queries: list of B lists of token ids.
-        micro_batch_size: rows of a scoring forward.
+        micro_batch_size: rows of a scoring forward. ops: as for `score_tokens`.
     Returns: a Rollout on the actor's device.
     """
     device = next(actor.parameters()).device
@@ -167,7 +172,7 @@ def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1
                                               tokenizer.eos_id, generator)
     query_response = torch.cat([query_ids, response_ids], 1)  # (B, T)
     attention_mask = torch.cat([query_mask.bool(), response_mask], 1)
-    scored = (query_response, attention_mask, response_ids.shape[1], temperature or 1.0, micro_batch_size)
+    scored = (query_response, attention_mask, response_ids.shape[1], temperature or 1.0, micro_batch_size, ops)
     logprobs, entropy, values = score_in_parts(actor, *scored)
     ref_logprobs, _, _ = score_in_parts(reference, *scored)
     last = response_mask.sum(1)  # (B,) column of `values` after the last token

@@ -36,14 +36,17 @@ def join(queries, responses, pad_id):
     return ids, attention_mask, (columns >= starts) & attention_mask.bool()
 
 
-def predict(model, ids, attention_mask, response_mask):
-    """Logits (N, V) that predict the N response tokens of a batch, and these tokens (N,), row by row.
-
-    The hidden states are picked before the head is applied: no logits are made for queries and padding.
-    """
+def response_states(model, ids, attention_mask, response_mask):
+    """Hidden states (N, C) that predict the N response tokens of a batch, and these tokens (N,), row by row: nothing is computed
+    further for queries and padding."""
     predicted = response_mask[:, 1:]  # (B, T - 1) token t is predicted at column t - 1
-    hidden = model.hidden(ids, attention_mask)[:, :-1][predicted]  # (N, C)
-    return model.logits(hidden), ids[:, 1:][predicted]
+    return model.hidden(ids, attention_mask)[:, :-1][predicted], ids[:, 1:][predicted]
+
+
+def predict(model, ids, attention_mask, response_mask):
+    """Logits (N, V) that predict the N response tokens of a batch, and these tokens (N,), row by row."""
+    hidden, targets = response_states(model, ids, attention_mask, response_mask)
+    return model.logits(hidden), targets
 
 
 def shuffled_batches(lengths, batch_size, generator, window=16):

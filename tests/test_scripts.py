@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanorlhf import pipeline
+from nanorlhf import ops, pipeline
 from nanorlhf.advantages import gae, shape_rewards
 from nanorlhf.config import options, parse
 from nanorlhf.encoder import Encoder, EncoderConfig
@@ -549,13 +549,13 @@ def test_the_first_minibatch_has_ratio_1(micro, monkeypatch):
     """Nothing has been updated yet: ratio 1 within 1e-5 on every token, approx_kl 0, clipfrac 0, on ragged rows."""
     actor, batch, advantages, returns = rolled()
     seen, ratios = [], []
-    whole, policy_loss = train_ppo.minibatch_loss, train_ppo.ppo_policy_loss
+    whole, policy_loss = train_ppo.minibatch_loss, ops.ppo_policy_loss
     monkeypatch.setattr(train_ppo, "minibatch_loss", lambda *args: seen.append(whole(*args)) or seen[-1])
 
     def watch(new, old, advantages, mask, *args):
         ratios.append(((new - old).exp() - 1)[mask].abs().max().item())
         return policy_loss(new, old, advantages, mask, *args)
-    monkeypatch.setattr(train_ppo, "ppo_policy_loss", watch)
+    monkeypatch.setattr(ops, "ppo_policy_loss", watch)
     updated(actor, batch, advantages, returns, "--minibatch-size", "6", "--micro-batch-size", micro)
     first = max(1, 6 // int(micro))  # the micro-batches of the first minibatch
     assert max(ratios[:first]) < 1e-5
