@@ -1,11 +1,13 @@
-"""Evaluate policies: answer the prompts of a split with each, and compare the answers with the references.
+"""Evaluate policies: answer the prompts of a split with each, compare the answers with the references, and say what to make of it.
 
 Greedy by default; with --temperature 1 the policy is sampled, which is what PPO trained. Every answer is written down, so that
-each number can be traced to its rows. With several models the paired difference of each to the first is shown, with a bootstrap
-95 % interval over prompts.
+each number can be traced to its rows. Every metric has a bootstrap 95 % interval over prompts; with several models the paired
+difference of each to the first has one too, and a p-value. Findings that speak against an evaluation (overlap of train and test,
+repeated, empty, unparsable or copied answers, values too good to be true, metrics that could not be computed) stand with their
+numbers in the results and below the table.
 
     python eval.py --model runs/sft runs/ppo runs/dpo
-    python eval.py --preset conala --model runs/conala/ppo --every-checkpoint
+    python eval.py --preset conala --model runs/conala/ppo --every-checkpoint --encoder microsoft/codebert-base
 """
 from dataclasses import dataclass
 
@@ -13,22 +15,30 @@ from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
 from nanorlhf.options import DataOptions, RunOptions
 
+DEFAULT_TARGETS = ["bertscore=0.7", "codebleu=0.6", "bleu=0.4", "rougeL=0.5", "ruby=0.3"]
+
 
 @dataclass
 class Config(DataOptions, RunOptions):
-    out: str = option("runs/eval", "folder for results.json and answers.jsonl", group="Run", metavar="FOLDER")
+    out: str = option("runs/eval", "folder for results.json, predictions.jsonl and plots/", group="Run", metavar="FOLDER")
     model: list[str] = option([], "policies: run folders, model folders or names", group="Evaluation", metavar="FOLDER")
     every_checkpoint: bool = option(False, "evaluate a run folder's checkpoints/step-N too, in order")
     split: str = option("test", "which rows to answer; all: every held-out split", choices=("validation", "test", "all"))
     rows: int = option(0, "answer only the first so many rows of a split; 0: all", at_least=0)
     temperature: float = option(0.0, "sampling temperature; 0: greedy", at_least=0)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0: all", at_least=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens of this probability; 1: all", above=0, at_most=1)
     reward: list[str] = option([], "reward-model folders, or module:function, to score the answers with", metavar="FOLDER")
+    encoder: str = option("", "encoder for BERTScore, a folder or a name; empty: no BERTScore", metavar="FOLDER_OR_NAME")
+    targets: list[str] = option(DEFAULT_TARGETS, "metrics and the values to reach, as metric=value", metavar="METRIC=VALUE")
     batch_size: int = option(128, "prompts answered at once", at_least=1)
 
     def check(self):
         super().check()
         if not self.model:
             raise InputError("--model: name at least one policy, such as --model runs/ppo")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise InputError("--top-k and --top-p are for sampling: give --temperature above 0 too, or leave them out")
 
 
 PRESETS = {
@@ -43,14 +53,21 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from nanorlhf import plots
 from nanorlhf.data import open_data
-from nanorlhf.evaluation import add_rewards, answer, compare, mean, write_answers
+from nanorlhf.encoder import Encoder
+from nanorlhf.evaluation import add_rewards, answer, mean, write_answers
 from nanorlhf.gpt2 import GPT2
-from nanorlhf.metrics import evaluate
+from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate
+from nanorlhf.metrics.bootstrap import corpus_bootstrap, paired_corpus_bootstrap
+from nanorlhf.metrics.counted import COUNTED
+from nanorlhf.metrics.honesty import assess
 from nanorlhf.pipeline import check_policy
 from nanorlhf.reward import load_reward
 from nanorlhf.run import Run, check_run, main, pick_device, seed_everything
 from nanorlhf.tokenizer import Tokenizer
+
+OF_ROWS = ("reward", "length", "ended", "bertscore")  # means of values that the rows themselves carry
 
 
 def policies(config):
@@ -62,41 +79,145 @@ def policies(config):
         if config.every_checkpoint:
             found += sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
         found.append(name)
-    return [str(name) for name in found]
+    return list(dict.fromkeys(str(name) for name in found))
 
 
-def score(rows):
-    """All metrics of one policy's answers: means of per-row values, then the corpus metrics."""
-    numbers = {name: mean(rows, name) for name in ("reward", "length", "ended")}
+def read_targets(words):
+    """["bleu=0.4", ...] -> {"bleu": 0.4, ...}; an unknown metric or a value that is no number is an InputError."""
+    targets = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            targets[name] = float(value)
+        except ValueError:
+            raise InputError(f"--targets {word}: write metric=value, such as bleu=0.4") from None
+        if name not in METRIC_NAMES:
+            raise InputError(f"--targets {word}: no metric {name!r}; there are {', '.join(METRIC_NAMES)}")
+    return targets
+
+
+def texts(rows):
+    """(predictions, references) of the rows that have a reference."""
     known = [row for row in rows if row["reference"] is not None]
-    return numbers | evaluate([row["response"] for row in known], [row["reference"] for row in known])
+    return [row["response"] for row in known], [row["reference"] for row in known]
+
+
+def counts(rows):
+    """{metric: (rows of counts, score)}: what the intervals and comparisons are drawn from."""
+    found = {name: ([metric.counts(*pair) for pair in zip(*_listed(rows))], metric.score) for name, metric in COUNTED.items()}
+    for name in OF_ROWS:
+        if rows and all(row.get(name) is not None for row in rows):
+            found[name] = ([[float(row[name]), 1.0] for row in rows], lambda sums: sums[0] / sums[1])
+    return {name: (values, score) for name, (values, score) in found.items() if values}
+
+
+def _listed(rows):
+    predictions, references = texts(rows)
+    return predictions, [[reference] for reference in references]
+
+
+def score(rows, counted):
+    """All numbers of one policy's answers: {metric: value or None}, {"intervals": {metric: [low, high]}}, {"reasons": ...}."""
+    numbers = {name: mean(rows, name) for name in ("reward", "length", "ended")} | evaluate(*texts(rows))
+    if any(row.get("bertscore") is not None for row in rows):
+        for name in ("bertscore", "bertscore_precision", "bertscore_recall"):
+            numbers[name] = mean(rows, name)
+            numbers["reasons"].pop(name, None)
+    else:
+        numbers["reasons"] |= {name: "no encoder: name one with --encoder" for name in numbers["reasons"] if name.startswith("bertscore")}
+    numbers["intervals"] = {name: corpus_bootstrap(values, formula)[1:] for name, (values, formula) in counted.items()}
+    return numbers
+
+
+def differences(first, other):
+    """{metric: {"difference", "low", "high", "p"}} of other - first, on the same prompts."""
+    return {name: dict(zip(("difference", "low", "high", "p"), paired_corpus_bootstrap(other[name][0], first[name][0], first[name][1])))
+            for name in first if name in other}
 
 
 def table(split, results, gains):
-    """A Markdown table: a row a metric, a column a policy."""
+    """Markdown: a row a metric, a column a policy with its interval; then the differences to the first policy."""
     names = list(results)
     lines = [f"\n| {split} | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for metric in results[names[0]]:
-        if all(isinstance(results[name].get(metric), float) for name in names):
-            lines.append(f"| {metric} | " + " | ".join(f"{results[name][metric]:.3f}" for name in names) + " |")
-    for metric in ("exact_match", "reward"):
-        shown = [gains[name].get(metric) for name in names[1:]]
-        if shown and all(shown):
-            lines.append(f"| {metric}, gain over {names[0]} [95 %] | | " + " | ".join(
-                f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" for gain in shown) + " |")
+        if any(isinstance(results[name].get(metric), float) for name in names):
+            lines.append(f"| {metric} | " + " | ".join(_cell(results[name], metric) for name in names) + " |")
+    for name in names[1:]:
+        lines += [f"\n| {name} - {names[0]} | difference [95 %] | p |", "|---|---:|---:|"]
+        lines += [f"| {metric} | {gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] | {gain['p']:.3f} |"
+                  for metric, gain in gains[name].items()]
     return "\n".join(lines)
+
+
+def _cell(numbers, metric):
+    value, interval = numbers.get(metric), numbers["intervals"].get(metric)
+    if value is None:
+        return "not computed"
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def in_words(name, numbers, findings, targets):
+    """Findings and targets of a policy, a line each; what is flagged comes first, with a mark."""
+    lines = [f"\n{name}"] + [f"  {'!' if found['flag'] else ' '} {found['says']}" for found in sorted(findings, key=lambda f: not f["flag"])]
+    for metric, target in targets.items():
+        value = numbers.get(metric)
+        lines.append(f"    target {metric} {target:g}: " + ("not computed" if value is None else
+                                                            f"{value:.3f}, {'met' if value >= target else 'not met'}"))
+    return "\n".join(lines)
+
+
+def learning_curves(config, names, results):
+    """({model: {metric: (x, y)}}, what x is): the evaluated checkpoints of each run, or else the evaluations in its log."""
+    found = {}
+    for name in config.model:
+        steps = [path for path in names if Path(path).parent == Path(name) / "checkpoints"]
+        if steps:
+            x = [int(path.rpartition("-")[2]) for path in steps]
+            found[name] = {metric: (x, [results[path][metric] for path in steps]) for metric in METRIC_NAMES
+                           if all(results[path].get(metric) is not None for path in steps)}, "step"
+        elif (Path(name) / "metrics.jsonl").is_file():
+            found[name] = plots.evaluations(plots.read_log(Path(name) / "metrics.jsonl"))
+        else:
+            found[name] = {metric: ([0], [value]) for metric, value in results[name].items() if isinstance(value, float)}, "evaluation"
+    axes = {axis for _, axis in found.values()}
+    if len(axes) == 1:
+        return {name: curves for name, (curves, _) in found.items()}, axes.pop()
+    return {name: {metric: (list(range(len(x))), y) for metric, (x, y) in curves.items()} for name, (curves, _) in found.items()}, "evaluation"
+
+
+def draw(config, folder, names, results, targets):
+    """The figures, into plots/; says which there are, and which there are not and why."""
+    folder = folder / "plots"
+    curves, axis = learning_curves(config, names, results)
+    if not any(metric in found for metric in targets for found in curves.values()):
+        print("evaluation_metrics_by_epoch.png: not drawn, the logs hold none of the metrics that have targets")
+    drawn = [plots.plot_by_epoch(curves, axis, folder / "evaluation_metrics_by_epoch.png", targets),
+             plots.plot_all_by_epoch(curves, axis, folder / "all_evaluation_metrics_by_epoch.png"),
+             plots.plot_targets({name: results[name] for name in config.model}, folder / "target_achievement.png", targets)]
+    runs = [Path(name) for name in config.model if (Path(name) / "metrics.jsonl").is_file()]
+    rewards = [run.parent / "reward" for run in runs if (run.parent / "reward" / "metrics.jsonl").is_file()]
+    tuned = [run for run in runs if not {"objective/kl", "rewards/margin"}.isdisjoint(plots.read_log(run / "metrics.jsonl")[-2])]
+    for found, name, what in ((rewards, "reward_training_metrics.png", "a run folder reward/ beside a model"),
+                              (tuned, "rlhf_training_metrics.png", "a run of train_ppo.py or train_dpo.py among the models")):
+        if found:
+            drawn.append(plots.plot_training(found[-1], folder / name))
+        else:
+            print(f"{name}: not drawn, it needs {what}")
+    print("figures: " + ", ".join(str(path) for path in drawn if path))
 
 
 def run_evaluation(config):
     check_run(config)
     device = pick_device(config.gpu, config.device)
     seed_everything(config.seed)
+    targets = read_targets(config.targets)
     splits, leakage = open_data(config)
     held_out = {"validation": splits.validation} if config.split == "validation" else {"test": splits.test}
     if config.split == "all":
         held_out = {"validation": splits.validation, "test": splits.test, **splits.extra}
     names = policies(config)
     reward = load_reward(config.reward, "mean", device) if config.reward else None
+    encoder = (Encoder.from_pretrained(config.encoder).to(device), Tokenizer.from_pretrained(config.encoder)) if config.encoder else None
     models = {name: (GPT2.from_pretrained(name).to(device), Tokenizer.from_pretrained(name)) for name in names}
     for model, _ in models.values():
         model.check_length(config.max_query + config.max_response)
@@ -105,20 +226,38 @@ def run_evaluation(config):
     results = {}
     for split, records in held_out.items():
         records = records[:config.rows or None]
-        answers = {}
+        answers, counted, numbers, findings = {}, {}, {}, {}
         for name, (model, tokenizer) in models.items():
-            answers[name] = answer(model, tokenizer, records, config, config.temperature, seed=config.seed,
-                                   batch_size=config.batch_size)
+            rows = answers[name] = answer(model, tokenizer, records, config, config.temperature, seed=config.seed,
+                                          batch_size=config.batch_size)
             if reward is not None:
-                add_rewards(answers[name], reward)
-            write_answers(run.folder, split, "greedy" if config.temperature == 0 else "sampled", name, answers[name])
-        numbers = {name: score(rows) for name, rows in answers.items()}
-        gains = {name: {metric: compare(answers[names[0]], rows, metric) for metric in ("exact_match", "reward")}
-                 for name, rows in answers.items()}
-        results[split] = {"metrics": numbers, "gains": gains, "rows": len(records)}
+                add_rewards(rows, reward)
+            if encoder is not None:
+                add_bertscores(rows, *encoder)
+            write_answers(run.folder, split, "greedy" if config.temperature == 0 else "sampled", name, rows, "predictions.jsonl")
+            counted[name] = counts(rows)
+            numbers[name] = score(rows, counted[name])
+            known = [row for row in rows if row["reference"] is not None]
+            findings[name] = assess(*texts(rows), [row["prompt"] for row in known], [row.answer for row in splits.train if row.answer],
+                                    numbers[name], numbers[name]["reasons"], splits.kind == "conala", leakage["overlap"])
+        gains = {name: differences(counted[names[0]], counted[name]) for name in names[1:]}
+        met = {name: {metric: None if found.get(metric) is None else found[metric] >= value for metric, value in targets.items()}
+               for name, found in numbers.items()}
+        results[split] = {"metrics": numbers, "gains": gains, "findings": findings, "targets": met, "rows": len(records)}
         print(table(f"{split}, {len(records)} prompts", numbers, gains))
-    run.finish(results=results, leakage=leakage, source=splits.source)
+        for name in names:
+            print(in_words(name, numbers[name], findings[name], targets))
+    run.finish(results=results, leakage=leakage, source=splits.source, encoder=config.encoder or None)
+    draw(config, run.folder, names, results[list(results)[0]]["metrics"], targets)
     print(f"\n{run.folder}/results.json; {run.seconds():.0f} s")
+
+
+def add_bertscores(rows, encoder, tokenizer):
+    """Add bertscore, bertscore_precision and bertscore_recall to the rows that have a reference, in place."""
+    known = [row for row in rows if row["reference"] is not None]
+    scores = bert_score(*texts(rows), encoder, tokenizer)
+    for row, *values in zip(known, *(column.tolist() for column in scores)):
+        row |= dict(zip(("bertscore_precision", "bertscore_recall", "bertscore"), values))
 
 
 if __name__ == "__main__":

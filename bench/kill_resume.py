@@ -82,6 +82,14 @@ def finish(stage, arguments):
         raise SystemExit(f"train_{stage}.py {' '.join(arguments)}: exit code {os.waitstatus_to_exitcode(status)}")
 
 
+def saving_now(out):
+    """Whether a folder is being written: the temporary one is there."""
+    try:
+        return any(name.startswith(".") for folder in (out, out / "checkpoints") for name in os.listdir(folder))
+    except FileNotFoundError:  # the trainer is only about to make, or to replace, the folder
+        return False
+
+
 def kill_while_saving(stage, arguments, out, rng):
     """Start a trainer, let it save once to four times, and kill it up to 20 ms into the next save. False if it ended before."""
     pid, saves, saving = fork(stage, arguments), rng.randint(1, 4), False
@@ -89,7 +97,7 @@ def kill_while_saving(stage, arguments, out, rng):
         done, _ = os.waitpid(pid, os.WNOHANG)
         if done:
             return False
-        now = any(out.glob("checkpoints/.step-*.partial")) or any(out.glob(".best.*"))
+        now = saving_now(out)
         if now and not saving:
             saves -= 1
             if saves == 0:

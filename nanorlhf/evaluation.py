@@ -81,13 +81,15 @@ def mean(rows, name):
     return sum(values) / len(values) if values else None
 
 
+TEXT_METRICS = ("conala_bleu", "bleu", "rougeL", "codebleu", "ruby")
+
+
 def summary(rows):
-    """The numbers of one set of answers: reward, exact_match, conala_bleu, length, ended, kl, each None where not known."""
+    """The numbers of one set of answers: reward, exact_match, length, ended, kl and TEXT_METRICS, each None where not known."""
     numbers = {name: mean(rows, name) for name in ("reward", "exact_match", "length", "ended", "kl")}
     known = [row for row in rows if row["reference"] is not None]
-    numbers["conala_bleu"] = metrics.conala_bleu([row["response"] for row in known],
-                                                 [row["reference"] for row in known]) if known else None
-    return numbers
+    found = metrics.evaluate([row["response"] for row in known], [row["reference"] for row in known], TEXT_METRICS)
+    return numbers | {name: found[name] for name in TEXT_METRICS}
 
 
 def known(numbers):
@@ -141,9 +143,9 @@ def report(folder, models, tokenizer, splits, config, reward, reference):
     return {"test": results, "samples": samples}
 
 
-def write_answers(folder, split, mode, name, rows):
-    """Append answers to answers.jsonl: what every number of the table is made of."""
-    with open(Path(folder) / "answers.jsonl", "a", encoding="utf-8") as file:
+def write_answers(folder, split, mode, name, rows, file_name="answers.jsonl"):
+    """Append answers to a JSONL file: what every number of the table is made of."""
+    with open(Path(folder) / file_name, "a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps({"split": split, "mode": mode, "model": name, **row}, ensure_ascii=False) + "\n")
 

@@ -106,6 +106,8 @@ def _plot_run(run_folder, spec, name, title):
     rows = read_log(folder / "metrics.jsonl")
     results = folder / "results.json"  # written when a run ends: one that was killed has no best step to mark
     best = json.loads(results.read_text(encoding="utf-8")).get("best_step") if results.exists() else None
+    curves, axis = evaluations(rows)
+    plot_by_epoch({str(folder): curves}, axis, folder / "plots" / "evaluation_metrics_by_epoch.png", title=f"{folder}: validation")
     return panels(rows, spec, folder / "plots" / f"{name}.png", f"{title}: {folder}", best)
 
 
@@ -242,3 +244,115 @@ def _write(figure, path):
     figure.savefig(partial, format="png", dpi=150, facecolor="white")
     os.replace(partial, path)
     return path
+
+
+# ---- Evaluations
+
+TARGETS = {"bertscore": 0.7, "codebleu": 0.6, "bleu": 0.4, "rougeL": 0.5, "ruby": 0.3}
+NAMES = {"bertscore": "BERTScore", "codebleu": "CodeBLEU", "bleu": "BLEU", "rougeL": "ROUGE-L", "ruby": "RUBY", "exact_match": "exact match",
+         "conala_bleu": "CoNaLa BLEU", "token_f1": "token F1", "parses": "parses"}
+COLOURS = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B7A00")
+
+
+def evaluations(rows):
+    """{metric: (epochs or steps, values)} of a log's eval/... metrics, and the name of that axis."""
+    rows = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    axis = "epoch" if rows and all("epoch" in row for row in rows) else "step"
+    rows = [{**row, "step": row[axis]} for row in rows]
+    names = {name for row in rows for name in row if name.startswith("eval/")}
+    return {name[5:]: series(rows, name) for name in sorted(names)}, axis
+
+
+def plot_by_epoch(curves, axis, path, targets=None, title="Evaluation"):
+    """One panel for each targeted metric that any model has: its values, written beside the points, and the target's line.
+
+    Args: curves, {model: {metric: (x, y)}}; axis, what x is; targets, {metric: value}. Returns path, or None without a value.
+    """
+    targets = TARGETS if targets is None else targets
+    metrics = [metric for metric in targets if any(found.get(metric, ([], []))[0] for found in curves.values())]
+    if not metrics:
+        return None
+
+    def draw(axes, metric):
+        for (model, found), colour in zip(curves.items(), COLOURS):
+            x, y = found.get(metric, ([], []))
+            axes.plot(x, y, "o-", color=colour, linewidth=1.2, markersize=4, label=model)
+            for at, value in zip(x, y):
+                axes.annotate(f"{value:.3f}", (at, value), textcoords="offset points", xytext=(0, 6), fontsize=7, color=colour, ha="center")
+        axes.axhline(targets[metric], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_title(f"{NAMES.get(metric, metric)}: target {targets[metric]:g}", fontsize=10.5, fontweight="bold", loc="left")
+        axes.set_ylim(0, 1.08)
+        axes.set_xlabel(axis)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return _grid(metrics, draw, path, f"{title} by {axis}", legend=len(curves) > 1)
+
+
+def plot_all_by_epoch(curves, axis, path, title="All evaluation metrics"):
+    """One panel for each model: every metric between 0 and 1 as a line of its own. CoNaLa BLEU is drawn as a share of 100."""
+    def shares(found):
+        scaled = {metric: (x, [value / 100 for value in y] if metric == "conala_bleu" else y) for metric, (x, y) in found.items()}
+        return {metric: scaled[metric] for metric in NAMES if metric in scaled}
+
+    def draw(axes, model):
+        for (metric, (x, y)), colour in zip(shares(curves[model]).items(), COLOURS):
+            axes.plot(x, y, "o-", color=colour, linewidth=1.2, markersize=3, label=NAMES[metric])
+        axes.set_title(model, fontsize=10.5, fontweight="bold", loc="left")
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel(axis)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False, ncols=2)
+    models = [model for model, found in curves.items() if shares(found)]
+    return _grid(models, draw, path, f"{title} by {axis}", columns=min(2, len(models)), row=4.2) if models else None
+
+
+def plot_targets(values, path, targets=None):
+    """A bar for each model and targeted metric, the target as a line across it, and whether it is met in words.
+
+    Args: values, {model: {metric: value or None}}. A metric that could not be computed says so in place of a bar.
+    """
+    targets = TARGETS if targets is None else targets
+
+    def draw(axes, model):
+        for i, (metric, target) in enumerate(targets.items()):
+            value = values[model].get(metric)
+            met = value is not None and value >= target
+            axes.barh(i, value or 0, color=GREEN if met else "#C9C9C9", height=0.62)
+            axes.plot([target, target], [i - 0.4, i + 0.4], color=INK, linewidth=1.6)
+            words = "not computed" if value is None else f"{value:.3f}, target {target:g}: {'met' if met else 'not met'}"
+            axes.text(max(value or 0, target) + 0.015, i, words, va="center", fontsize=8)
+        axes.set_yticks(range(len(targets)), [NAMES.get(metric, metric) for metric in targets])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.45)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axes.grid(axis="y", visible=False)
+        axes.set_title(model, fontsize=10.5, fontweight="bold", loc="left")
+    return _grid(list(values), draw, path, "Targets", columns=min(2, len(values)), row=0.45 * len(targets) + 1) if targets else None
+
+
+def plot_training(run_folder, path):
+    """The panels of a run's log, of whatever kind the run is, into `path`."""
+    rows = read_log(Path(run_folder) / "metrics.jsonl")
+    names = {name for row in rows for name in row}
+    spec = PPO if "objective/kl" in names else DPO if "rewards/margin" in names else REWARD if "margin" in names else SFT
+    return panels(rows, spec, Path(path), f"{run_folder}")
+
+
+def _grid(items, draw, path, title, columns=3, row=2.6, legend=False):
+    """A figure of one panel an item, drawn by draw(axes, item), into a PNG. Returns its path."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(items))
+    n_rows = -(-len(items) // columns)
+    height = HEADER + row * n_rows + FOOTER
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, rect=(0, FOOTER / height, 1, row * n_rows / height))
+        for i, axes in enumerate(figure.subplots(n_rows, columns, squeeze=False).flatten()):
+            axes.set_visible(i < len(items))
+            if i < len(items):
+                draw(axes, items[i])
+                if legend and i == 0:
+                    axes.legend(frameon=False)
+        figure.text(0.01, 1 - 0.12 / height, title, fontsize=14, fontweight="bold", va="top")
+        return _write(figure, Path(path))

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanorlhf import ops, pipeline
+from nanorlhf import ops, pipeline, plots
 from nanorlhf.advantages import gae, shape_rewards
 from nanorlhf.config import options, parse
 from nanorlhf.encoder import Encoder, EncoderConfig
@@ -286,7 +286,7 @@ def test_eval_compares_two_models(home, ppo, capsys):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert table[0] == f"| test, 4 prompts | {names[0]} | {names[1]} |" and table[1] == "|---|---:|---:|"
     assert all(line.count("|") == 4 for line in table)
-    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert [(row["split"], row["mode"], row["model"]) for row in answers] == \
         [("test", "greedy", name) for name in names for _ in range(4)]
     results = json.loads((out / "results.json").read_text())
@@ -298,17 +298,26 @@ def test_eval_compares_two_models(home, ppo, capsys):
         assert numbers["conala_bleu"] == conala_bleu([r["response"] for r in rows], [r["reference"] for r in rows])
         for metric in ("reward", "length", "exact_match"):
             assert numbers[metric] == pytest.approx(sum(row[metric] for row in rows) / 4)
-            line, = [line for line in table if line.startswith(f"| {metric} |")]
-            assert line.split("|")[2 + names.index(name)].strip() == f"{numbers[metric]:.3f}"
+            low, high = numbers["intervals"][metric]
+            line = [line for line in table if line.startswith(f"| {metric} |")][0]
+            assert line.split("|")[2 + names.index(name)].strip() == f"{numbers[metric]:.3f} [{low:.3f}, {high:.3f}]"
+            assert low <= numbers[metric] <= high
+        assert test["targets"][name]["bertscore"] is None and set(test["targets"][name]) == set(plots.TARGETS)
+        assert {found["name"] for found in test["findings"][name]} >= {"overlap", "repeated", "empty", "unparsable", "not computed"}
     first, second = (test["metrics"][name]["reward"] for name in names)
     assert test["gains"][names[1]]["reward"]["difference"] == pytest.approx(second - first, abs=1e-6)
+    assert {path.name for path in (out / "plots").iterdir()} == {
+        "evaluation_metrics_by_epoch.png", "all_evaluation_metrics_by_epoch.png", "target_achievement.png", "reward_training_metrics.png",
+        "rlhf_training_metrics.png"}
 
 
 def test_eval_bad_input_is_one_line(home, tmp_path, capsys):
     """No model, a model that is not there, a run made with another template: exit 2 and nothing written."""
     sft = str(home / "runs" / "sft")
     for words, named in (([], "--model"), (["--model", str(tmp_path / "nowhere")], "nowhere"),
-                         (["--model", sft, "--template", "Q {prompt}"], "template")):
+                         (["--model", sft, "--template", "Q {prompt}"], "template"),
+                         (["--model", sft, "--top-k", "3"], "--temperature"), (["--model", sft, "--targets", "blue=0.3"], "'blue'"),
+                         (["--model", sft, "--targets", "bleu"], "metric=value")):
         with pytest.raises(SystemExit) as exit:
             main(evaluation_script.run_evaluation,
                  parse(evaluation_script.Config, argv=[*words, "--data", str(home / "data.jsonl"), "--out",
