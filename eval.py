@@ -54,6 +54,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from nanorlhf import plots
+from nanorlhf.checkpoint import step_folders
 from nanorlhf.data import open_data
 from nanorlhf.encoder import Encoder
 from nanorlhf.evaluation import add_rewards, answer, mean, write_answers
@@ -77,7 +78,10 @@ def policies(config):
         folder = Path(name)
         check_policy(folder, config)
         if config.every_checkpoint:
-            found += sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+            steps = step_folders(folder)
+            if not steps:
+                raise InputError(f"--every-checkpoint: {folder} holds no checkpoints/step-N; train with --save-steps, or leave it out")
+            found += steps
         found.append(name)
     return list(dict.fromkeys(str(name) for name in found))
 
@@ -219,8 +223,9 @@ def run_evaluation(config):
     reward = load_reward(config.reward, "mean", device) if config.reward else None
     encoder = (Encoder.from_pretrained(config.encoder).to(device), Tokenizer.from_pretrained(config.encoder)) if config.encoder else None
     models = {name: (GPT2.from_pretrained(name).to(device), Tokenizer.from_pretrained(name)) for name in names}
-    for model, _ in models.values():
+    for name, (model, tokenizer) in models.items():
         model.check_length(config.max_query + config.max_response)
+        tokenizer.check_fits(model.config.vocab_size, name)
 
     run = Run(config)
     results = {}

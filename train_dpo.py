@@ -158,7 +158,8 @@ def train(config):
     splits, leakage = open_data(config)
     reward = load_reward(config.reward, "mean", device) if config.reward else None  # a bad one is found before any training
     if splits.train[0].chosen is None and splits.train[0].reference is None:
-        raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from")
+        raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from; "
+                         "give one of them")
     if config.policy:
         pipeline.check_policy(config.policy, config)
     else:

@@ -78,7 +78,7 @@ class Config(KernelOptions, DataOptions, TrainOptions):
         if asked(self, "kl_horizon") and self.kl_target is None:
             raise InputError("--kl-horizon is for --kl-target, which steers kl_coef: give both, or neither")
         if self.minibatch_size > self.batch_size:
-            raise InputError(f"--minibatch-size {self.minibatch_size} exceeds --batch-size {self.batch_size}")
+            raise InputError(f"--minibatch-size {self.minibatch_size} exceeds --batch-size {self.batch_size}: lower it")
         if self.batch_size % self.minibatch_size:
             raise InputError(f"--batch-size {self.batch_size} is not a multiple of --minibatch-size {self.minibatch_size}")
         if self.missing_eos_mode == "subtract" and not (self.missing_eos_penalty or 0) > 0:

@@ -74,8 +74,8 @@ from nanorlhf.tokenizer import Tokenizer
 
 def load_policy(config, device):
     """The SFT policy and its tokenizer, or (None, None) where there is none and none was asked for."""
-    folder = Path(config.policy) if config.policy else Path(config.out).parent / "sft"
-    if not config.policy and not folder.exists():
+    folder = config.policy or str(Path(config.out).parent / "sft")
+    if not config.policy and not Path(folder).exists():
         return None, None
     check_policy(folder, config)
     policy = GPT2.from_pretrained(folder).to(device)
@@ -103,16 +103,18 @@ def examples(splits, policy, tokenizer, config, checkpoint=None):
         return [[{"id": r.id, "prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "source": "data"} for r in rows]
                 for rows in (splits.train, splits.validation)]
     if first.rating is not None:
-        unrated = [r.id for r in splits.train + splits.validation if r.rating is None]
+        unrated = [r for r in splits.train + splits.validation if r.rating is None]
         if unrated:
-            raise InputError(f"--data {config.data}: {len(unrated)} rows have no rating, such as {unrated[0]}: rate all, or none")
+            raise InputError(f"--data {config.data}: {len(unrated)} rows have no rating, such as that of {unrated[0].prompt[:60]!r}: rate "
+                             "all, or none")
         if asked(config, "center_coef"):
             raise InputError("--center-coef is for pairs; ratings say themselves where the scores are centred: leave it out")
         mean, std = mean_and_std([r.rating for r in splits.train])
         return [[{"id": r.id, "prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std} for r in rows]
                 for rows in (splits.train, splits.validation)]
     if first.reference is None:
-        raise InputError(f"--data {config.data}: {splits.kind} rows carry no preference, rating or reference to learn from")
+        raise InputError(f"--data {config.data}: {splits.kind} rows carry no preference, rating or reference to learn from; "
+                         "give one of them")
     if policy is None:
         raise InputError(f"--data {config.data} has references but no preferences: pairs are made from an SFT policy's samples, "
                          f"and there is no {Path(config.out).parent / 'sft'}; run train_sft.py first, or name one with --policy")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanorlhf.data import sha256
 from nanorlhf.errors import InputError
 
 MANIFEST, TENSORS, NUMBERS = "manifest.json", "trainer.safetensors", "trainer.json"
@@ -92,11 +93,6 @@ def newest(run_folder):
             return path, skipped
         skipped.append((path, fault))
     return None, skipped
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path):

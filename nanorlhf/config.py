@@ -244,7 +244,7 @@ def _known_preset(name, presets, where):
     raise InputError(f"{where}: no preset {_shown(name)}; {known}{_did_you_mean(name, presets)}")
 
 
-def _did_you_mean(word, choices, cutoff=0.5, prefix=""):
+def _did_you_mean(word, choices, cutoff=0.6, prefix=""):
     meant = nearest(word, choices, cutoff)
     return f"; did you mean {prefix}{meant}?" if meant else ""
 
@@ -311,7 +311,7 @@ def _read_toml(opts, path, presets):
     text = _read_text(path)
     try:
         table = tomllib.loads(text)
-    except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, an integer of thousands of digits, brackets without end
         line = re.search(r"at line (\d+)", str(error))
         line = line.group(1) if line else text.rstrip().count("\n") + 1
         hint = "text needs quotes, true and false are lower-case"
@@ -335,13 +335,13 @@ def _read_text(path):
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"--config: no file {path}") from None
+        raise InputError(f"--config: no file {path}; name a TOML file, such as a run's config.toml") from None
     except IsADirectoryError:
         inside = Path(path) / "config.toml"
         hint = f"; did you mean {inside}?" if inside.exists() else "; give a TOML file"
         raise InputError(f"--config: {path} is a folder{hint}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"--config: {path} is not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"--config: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise InputError(f"--config: cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -39,7 +39,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from nanorlhf.errors import InputError, impostor, nearest
+from nanorlhf.errors import InputError, impostor, naming, nearest
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 CONALA_URL = "http://www.phontron.com/download/conala-corpus-v1.1.zip"  # the link on https://conala-corpus.github.io
@@ -128,11 +128,12 @@ def _lines(path):
         file = open(path, "rb")
     except FileNotFoundError:
         known = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES] if os.path.isdir(path.parent) else []
-        hint = nearest(path.name, known)
+        hint = nearest(path.name, known, 0.6)
         raise InputError(f"{path}: no such file; " + (f"did you mean {hint}?" if hint else "check the path")) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{_show(str(path))}: cannot be read: {reason}; check the path and its permissions") from None
+        name = str(path) if len(str(path)) < 200 and str(path).isprintable() else _show(str(path))
+        raise InputError(f"{name}: cannot be read: {reason}; check the path and its permissions") from None
     with file:
         for number, raw in enumerate(file, 1):
             if number == 1:
@@ -213,8 +214,8 @@ def _csv_rows(path):
         if header is None:
             header = _header(cells, where)
         elif len(cells) != len(header):
-            yield where, InputError(f"{where}: {len(cells)} cells where the header has {len(header)}; "
-                                    f"quote cells that hold a {name} or a line end")
+            advice = f"quote cells that hold a {name} or a line end" if len(cells) > len(header) else "add what is missing"
+            yield where, InputError(f"{where}: {len(cells)} cell{'s' * (len(cells) > 1)} where the header has {len(header)}; {advice}")
         else:
             yield where, dict(zip(header, cells))
 
@@ -454,7 +455,7 @@ def _new_id(record, where, seen):
 def _report_rows(path, records, bad, below, min_probability):
     """Stop where nothing is left to train on; say on stderr what was skipped."""
     if not records and bad:
-        raise InputError(f"{path}: all {len(bad)} rows are faulty; the first: {bad[0]}")
+        raise InputError(f"{path}: not one of {len(bad)} rows is sound; the first: {bad[0]}")
     if not records and below:
         raise InputError(f"{path}: none of {below} rows has prob >= {min_probability:g}; lower --min-probability")
     if not records:
@@ -488,7 +489,8 @@ def load_splits(path, data_format="auto", validation=0.1, test=0.1, seed=0, min_
         raise InputError(f"{path}: no such folder; get it with: python -m nanorlhf.data download conala")
     if not os.path.isdir(path):  # os.path's says no, where Path's raises, to a name that is too long
         records, kind = _read(path, data_format, min_probability or 0.0, skip_bad_rows)
-        return Splits(*split(records, validation, test, seed), {}, f"{path}, split by prompt with seed {seed}", kind)
+        with naming(path):
+            return Splits(*split(records, validation, test, seed), {}, f"{path}, split by prompt with seed {seed}", kind)
     splits = _load_folder(path, data_format, {"validation": validation, "test": test}, seed, skip_bad_rows)
     if min_probability is not None:
         _add_mined(splits, path / CONALA_MINED, min_probability, skip_bad_rows)
@@ -507,7 +509,8 @@ def _load_folder(folder, data_format, shares, seed, skip_bad_rows):
     wanted = {name: 0.0 if name in rows else share for name, share in shares.items()}
     if any(wanted.values()):
         source.append(f"{' and '.join(name for name in wanted if wanted[name])} split off train with seed {seed}")
-    train, *off = split(rows.pop("train"), **wanted, seed=seed)
+    with naming(folder):
+        train, *off = split(rows.pop("train"), **wanted, seed=seed)
     held_out = [rows.pop(name, part) for name, part in zip(wanted, off)]
     return Splits(train, *held_out, rows, f"{folder}: {', '.join(source)}", kinds.pop())
 
@@ -583,11 +586,11 @@ def split(records, validation=0.1, test=0.1, seed=0):
     train, and each split with a share above 0, gets at least one group. Rows keep their order within a split.
     """
     if validation + test >= 1:
-        raise InputError(f"validation share {validation} and test share {test} leave nothing to train on; lower them")
+        raise InputError(f"--validation {validation} and --test {test} leave nothing to train on; lower them")
     groups, shares = _groups(records), {"test": test, "validation": validation}
     needed = 1 + sum(share > 0 for share in shares.values())
     if len(groups) < needed:
-        raise InputError(f"{len(records)} rows with {len(groups)} different prompts cannot make {needed} splits; "
+        raise InputError(f"{len(records)} rows with {len(groups)} different prompt{'s' * (len(groups) > 1)} cannot make {needed} splits; "
                          f"add rows, or give the splits as files (train, validation, test)")
     room = {name: max(1, round(share * len(records))) if share else 0 for name, share in shares.items()}
     parts = {"test": [], "validation": [], "train": []}  # indices of groups
@@ -664,7 +667,8 @@ def check_leakage(splits, allow_overlap=False):
         reports[f"{left}/{right}"] = found = leakage(named[left], named[right])
         stops = [kind for kind in ("intents", "pairs", "question_ids") if kind in found and found[kind]["normalised"]]
         if stops:
-            counts = ", ".join(f"{found[kind]['normalised']} {kind} ({found[kind]['exact']} exact)" for kind in stops)
+            counts = ", ".join(f"{count} {kind if count > 1 else kind[:-1]} ({found[kind]['exact']} exact)"
+                               for kind in stops for count in [found[kind]["normalised"]])
             overlap.append(f"{left} and {right} share {counts}, such as {_show(found[stops[0]]['examples'][0][0])}")
     if overlap and not allow_overlap:
         raise InputError(f"splits overlap: {'; '.join(overlap)}; remove these rows, or pass --allow-overlap")
@@ -690,7 +694,7 @@ def download_conala(to=DATA / "conala", url=CONALA_URL):
     archive fails. Returns the folder.
     """
     to = Path(to)
-    held = all((to / name).is_file() and _sha256(to / name) == digest for name, digest in CONALA_SHA256.items())
+    held = all((to / name).is_file() and sha256(to / name) == digest for name, digest in CONALA_SHA256.items())
     if held and (to / CONALA_MINED).is_file():
         print(f"{to} already holds the corpus, the curated files with the right sha256: nothing to do")
         return to
@@ -749,14 +753,14 @@ def _unpack(archive, folder, url):
     for name, expected in CONALA_SHA256.items():
         if name not in members:
             raise OSError(f"{url}: holds no {name}, so is not the CoNaLa v1.1 archive; nothing was written")
-        if (digest := _sha256(folder / name)) != expected:
+        if (digest := sha256(folder / name)) != expected:
             raise OSError(f"{url}: {name} has sha256 {digest}, v1.1 has {expected}; nothing was written")
     for name in members:
-        print(f"{name}  sha256 {_sha256(folder / name)}{'  as expected' if name in CONALA_SHA256 else ''}")
+        print(f"{name}  sha256 {sha256(folder / name)}{'  as expected' if name in CONALA_SHA256 else ''}")
     return [folder / name for name in members]
 
 
-def _sha256(path):
+def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import hf
-from .errors import InputError, nearest
+from .errors import InputError, naming, nearest
 
 FAMILIES = {  # what the released base models have
     "roberta": {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
@@ -82,10 +82,10 @@ class EncoderConfig:
         hf.check_numbers(self, ("layer_norm_eps", "initializer_range"), "encoder")
         if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size or self.max_tokens < 1:
             raise InputError(f"encoder config: pad_token_id {self.pad_token_id!r} does not go with a vocabulary of {self.vocab_size} "
-                             f"and {self.max_position_embeddings} positions: mend its config.json")
+                             f"and {self.max_position_embeddings} positions: correct it")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(f"encoder config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                             f"{self.num_attention_heads}")
+                             f"{self.num_attention_heads}: change one of them")
 
     @property
     def max_tokens(self):
@@ -97,7 +97,8 @@ class EncoderConfig:
         """From the dict of a config.json. Keys that do not matter here are left out, those we cannot honour refused."""
         for key, implemented in NOT_IMPLEMENTED.items():
             if settings.get(key, implemented) != implemented:
-                raise InputError(f"encoder config: {key} = {settings[key]!r} is not implemented, only {implemented!r}")
+                raise InputError(f"encoder config: {key} = {settings[key]!r} is not implemented, only {implemented!r}: take "
+                                 "another model")
         settings = {**UNSAID, "model_type": _model_type(settings), **settings}
         return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
 
@@ -254,9 +255,11 @@ class Encoder(nn.Module):
         folder = hf.resolve(name_or_folder)
         settings = hf.read_config(folder)
         hf.check_model_type(settings, tuple(FAMILIES), folder)
-        encoder, rest = cls.from_state(EncoderConfig.from_dict(settings), hf.read_weights(folder), folder, dtype)
+        with naming(folder / "config.json"):
+            config = EncoderConfig.from_dict(settings)
+        encoder, rest = cls.from_state(config, hf.read_weights(folder), folder, dtype)
         if unknown := [name for name in rest if not name.startswith(HEADS)]:
-            raise InputError(f"{folder} has tensors that an encoder does not: {', '.join(unknown[:3])}")
+            raise InputError(f"{folder} has tensors that an encoder does not: {', '.join(unknown[:3])}; name an encoder's folder")
         return encoder
 
     @classmethod

@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: shown as one line, exit code 2, no traceback."""
 
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Bad input. The message says what is wrong, where (file:line, flag, tensor name), and how to fix it.
@@ -7,6 +9,15 @@ class InputError(ValueError):
     It is a ValueError so that library callers need to know no class of ours; the scripts turn it into one line on stderr
     and exit code 2 (`nanorlhf.run.main`).
     """
+
+
+@contextmanager
+def naming(path):
+    """Put `path` before the message of an InputError from within: for checks of what a file says, made where it is not known."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def impostor(head):

@@ -32,7 +32,9 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
         without a reference answer), and kl if a reference model is given.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    queries, _ = encode_queries(tokenizer, [record.prompt for record in records], config.template, config.max_query)
+    queries, cut = encode_queries(tokenizer, [record.prompt for record in records], config.template, config.max_query)
+    if cut:
+        print(f"cut to length: {cut} queries (--max-query {config.max_query}) of {len(queries)}")
     rows = []
     for start in range(0, len(records), batch_size):
         some = records[start:start + batch_size]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import hf
-from .errors import InputError, nearest
+from .errors import InputError, naming, nearest
 
 GELU_TANH = partial(F.gelu, approximate="tanh")  # GPT-2's own approximation
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu": F.gelu, "relu": F.relu}
@@ -68,7 +68,7 @@ class GPT2Config:
         hf.check_numbers(self, ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "GPT-2", below=1)
         hf.check_numbers(self, ("layer_norm_epsilon", "initializer_range"), "GPT-2")
         if self.n_embd % self.n_head:
-            raise InputError(f"GPT-2 config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            raise InputError(f"GPT-2 config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: change one of them")
         if not isinstance(self.activation_function, str) or self.activation_function not in ACTIVATIONS:
             close = nearest(self.activation_function, ACTIVATIONS)
             raise InputError(f"GPT-2 config: activation_function {self.activation_function!r} is not implemented; "
@@ -88,7 +88,8 @@ class GPT2Config:
         """From the dict of a config.json. Keys that do not matter here are left out, those we cannot honour refused."""
         for key, implemented in NOT_IMPLEMENTED.items():
             if settings.get(key, implemented) != implemented:
-                raise InputError(f"GPT-2 config: {key} = {settings[key]!r} is not implemented, only {implemented!r}")
+                raise InputError(f"GPT-2 config: {key} = {settings[key]!r} is not implemented, only {implemented!r}: take "
+                                 "another model")
         settings = {SYNONYMS.get(key, key): value for key, value in settings.items()}
         return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
 
@@ -299,9 +300,12 @@ class GPT2(nn.Module):
         folder = hf.resolve(name_or_folder)
         settings = hf.read_config(folder)
         hf.check_model_type(settings, ("gpt2",), folder)
-        model, rest = cls.from_state(GPT2Config.from_dict(settings), hf.read_weights(folder), folder, dtype)
+        with naming(folder / "config.json"):
+            config = GPT2Config.from_dict(settings)
+        model, rest = cls.from_state(config, hf.read_weights(folder), folder, dtype)
         if rest:
-            raise InputError(f"{folder} has tensors that a GPT-2 language model does not: {', '.join(list(rest)[:3])}")
+            raise InputError(f"{folder} has tensors that a GPT-2 language model does not: {', '.join(list(rest)[:3])}; name a language "
+                             "model's folder")
         return model
 
     @classmethod

@@ -58,9 +58,9 @@ def resolve(name_or_folder, what="model"):
     if os.path.exists(path):
         raise InputError(f"{name} is a file; a {what} is a folder: name the folder that holds it")
     if _is_path(name):
-        close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if os.path.isdir(path.parent) else None
+        close = nearest(path.name, [p.name for p in path.parent.iterdir()], 0.6) if os.path.isdir(path.parent) else None
         hint = f"; did you mean {path.parent / close}?" if close else "; check the path"
-        raise InputError(f"no folder {name} to read a {what} from (looked in {path.parent.absolute()}){hint}")
+        raise InputError(f"no folder {_short(name, 200)} to read a {what} from (looked in {path.parent.absolute()}){hint}")
     _check_hub_name(name)
     return _cached(name, what) or _download(name, what)
 
@@ -188,7 +188,7 @@ def read_weights(folder):
     folder = Path(folder)
     path = _weight_file(folder)
     if path is None:
-        raise InputError(f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}")
+        raise InputError(f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}; name another folder")
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     return read_tensors(path)
@@ -258,8 +258,10 @@ def _read_pickle(path):
 
 
 def _reason(error):
-    """A library's error on one short line."""
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
+    """A library's error on one short line; of torch's page on unpickling, what it is about."""
+    about = re.search(r"(?:WeightsUnpickler error: |Trying to )([^\n]+)", str(error))
+    text = about[1] if about else str(error).strip() or type(error).__name__
+    return _short(text.splitlines()[0].split(". ")[0], 120)
 
 
 def _is_plain(value):
@@ -373,7 +375,7 @@ def check_layers(tensors, prefix, promised, source):
     layer = re.compile(re.escape(prefix) + r"(\d{1,6})\.")
     held = 1 + max((int(found[1]) for name in tensors if (found := layer.match(name))), default=-1)
     if held != promised:
-        raise InputError(f"{source}: its config.json is of {promised} layers, its weights hold {held}: they must belong together")
+        raise InputError(f"{source}: its config.json is of {promised} layers, its weights hold {held}: take both from one model")
 
 
 def check_sizes(settings, names, what):
@@ -381,8 +383,8 @@ def check_sizes(settings, names, what):
     for name in names:
         value = getattr(settings, name)
         if type(value) is not int or not 0 < value <= MAX_SIZE:
-            raise InputError(f"{what} config: {name} must be a positive integer, not {_short(value)}, and at most {MAX_SIZE:,}: "
-                             "mend its config.json")
+            raise InputError(f"{what} config: {name} must be a positive integer, not {_shown(value)}, and at most {MAX_SIZE:,}: "
+                             "correct it")
 
 
 def check_numbers(settings, names, what, below=math.inf):
@@ -391,12 +393,15 @@ def check_numbers(settings, names, what, below=math.inf):
         value = getattr(settings, name)
         if type(value) not in (int, float) or not 0 <= value < below:
             bound = "" if below == math.inf else f" and below {below}"
-            raise InputError(f"{what} config: {name} must be a number, at least 0{bound}, not {_short(value)}: mend its config.json")
+            raise InputError(f"{what} config: {name} must be a number, at least 0{bound}, not {_shown(value)}: correct it")
 
 
-def _short(value):
-    shown = repr(value) if type(value) is not int or abs(value) < 2 ** 64 else "an integer beyond 64 bits"
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def _shown(value):
+    return _short(repr(value)) if type(value) is not int or abs(value) < 2 ** 64 else "an integer beyond 64 bits"
+
+
+def _short(text, most=60):
+    return text if len(text) <= most else text[:most - 3] + "..."
 
 
 def _refuse(source, verb, names):

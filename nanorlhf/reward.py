@@ -16,7 +16,7 @@ from nanorlhf import encoder as encoders
 from nanorlhf import hf
 from nanorlhf.data import format_query
 from nanorlhf.encoder import Encoder, EncoderConfig
-from nanorlhf.errors import InputError, nearest
+from nanorlhf.errors import InputError, naming, nearest
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.sequences import join
 from nanorlhf.tokenizer import Tokenizer
@@ -186,7 +186,9 @@ def _build_gpt2(folder, settings, new_head):
     tensors = hf.read_weights(folder)
     if "lm_head.weight" not in tensors:  # a classifier: nothing to untie, whatever its config says
         settings = {**settings, "tie_word_embeddings": True}
-    backbone, rest = GPT2.from_state(GPT2Config.from_dict(settings), tensors, folder)
+    with naming(folder / "config.json"):
+        config = GPT2Config.from_dict(settings)
+    backbone, rest = GPT2.from_state(config, tensors, folder)
     head = LastToken(backbone.config.n_embd)
     if not new_head:
         if "score.weight" not in rest:
@@ -198,10 +200,12 @@ def _build_gpt2(folder, settings, new_head):
 
 def _build_encoder(folder, settings, new_head):
     """(Encoder, the head of its family's sequence classifier) from a folder."""
-    backbone, rest = Encoder.from_state(EncoderConfig.from_dict(settings), hf.read_weights(folder), folder)
+    with naming(folder / "config.json"):
+        config = EncoderConfig.from_dict(settings)
+    backbone, rest = Encoder.from_state(config, hf.read_weights(folder), folder)
     head = encoders.new_head(backbone.config) if new_head else encoders.read_head(backbone.config, rest, folder)
     if sum(p.shape[0] for name, p in head.named_parameters() if name.endswith(("classifier.bias", "out_proj.bias"))) != 1:
-        raise InputError(f"{folder} classifies into several labels; a reward model has one")
+        raise InputError(f"{folder} classifies into several labels; a reward model has one: train one with train_reward.py")
     return backbone, head
 
 
@@ -278,5 +282,5 @@ def _function(spec):
     if not callable(function):
         near = nearest(name, dir(module), cutoff=0.7)
         raise InputError(f"--reward {spec}: {module_name} has no function {name!r}; " +
-                         (f"did you mean {near}?" if near else f"define it there, in {module.__file__}"))
+                         (f"did you mean {near}?" if near else "name one that it defines"))
     return function

@@ -76,6 +76,8 @@ def main(body, config):
         _leave(config, signal.Signals(error.signum).name, error, 128 + error.signum)
     except KeyboardInterrupt:
         _leave(config, "SIGINT", KEPT, 130)
+    except PermissionError as error:
+        _leave(config, "error", f"{error.filename}: {error.strerror}; change its rights, or name another place", 2)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -205,9 +207,18 @@ def check_run(config):
     return found
 
 
+def read_config(folder):
+    """The config.toml of a run folder as a dict; one that cannot be read is an InputError."""
+    path = Path(folder) / "config.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: not the options of a run ({error}); put it back, or name another folder") from None
+
+
 def changes(config, folder):
     """What differs between a run folder's options and these, as ["lr: 0.1 there, 0.2 here"], options that may change left out."""
-    theirs, ours = tomllib.loads((Path(folder) / "config.toml").read_text(encoding="utf-8")), configuration.to_dict(config)
+    theirs, ours = read_config(folder), configuration.to_dict(config)
     found = []
     for name, value in ours.items():
         there = theirs.get(name)
@@ -220,6 +231,13 @@ def changes(config, folder):
 def check_free(out, may_exist=False):
     """Refuse a folder that cannot be written, is not ours, or, unless it may exist, holds a run; without touching it."""
     out = Path(out)
+    try:
+        os.stat(out)
+    except ValueError:
+        raise InputError(f"--out {str(out)!r}: no folder can have this name; give another") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"--out {str(out)[:60]}...: the name is too long; shorten it") from None
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, not a folder; name another")
     if out.is_dir() and any(out.iterdir()):

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-import tomllib
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,7 +52,6 @@ def status(folder):
     folder = Path(folder)
     if not (folder / "config.toml").is_file():
         raise InputError(f"{folder}: no run there (no config.toml); name a run folder, such as runs/ppo")
-    tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     rows, finished, running = read_log(folder), (folder / "results.json").is_file(), in_use(folder)
     state = "finished" if finished else "running" if running else "stopped before its end: the same command with --resume goes on"
     lines = [f"{folder}: {state}"]

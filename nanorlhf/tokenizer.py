@@ -21,7 +21,7 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from . import hf
-from .errors import InputError
+from .errors import InputError, naming
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 FILES = "tokenizer.json, vocab.json + merges.txt, vocab.txt"
@@ -74,7 +74,7 @@ class Tokenizer:
         self.special_ids = flagged | {backend.token_to_id(token) for token in self.special.values()}
         if family != "gpt2" and None in (self.cls_id, self.sep_id, self.pad_id):
             names = ", ".join(FAMILIES[family][1][role] for role in ("cls_token", "sep_token", "pad_token"))
-            raise InputError(f"a {family} tokenizer needs {names} in its vocabulary; is the file whole?")
+            raise InputError(f"a {family} tokenizer needs {names} in its vocabulary: get it again")
 
     def _id(self, *roles):
         return next((self.backend.token_to_id(self.special[role]) for role in roles if role in self.special), None)
@@ -85,10 +85,14 @@ class Tokenizer:
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def check_fits(self, embedding_rows, where):
-        """Raises InputError when the tokenizer has ids for which the model named by `where` has no embedding row."""
+        """Raises InputError when the tokenizer has ids for which the model named by `where` has no embedding row, or no
+        token that ends a response."""
         if self.vocab_size > embedding_rows:
             raise InputError(f"{where}: the tokenizer has {self.vocab_size} tokens but the embedding {embedding_rows} "
                              "rows; use the tokenizer that belongs to these weights")
+        if self.eos_id is None:
+            raise InputError(f"{where}: the tokenizer has no token that ends a text, such as {EOS}; use the tokenizer that belongs to "
+                             "these weights")
 
     # ---- text <-> ids
 
@@ -184,7 +188,8 @@ class Tokenizer:
         backend, family = _read_backend(folder, settings)
         named = {**settings, **_read_json(folder / "special_tokens_map.json")}
         special = {role: _content(named[role], folder) for role in ROLES if named.get(role)}
-        return cls(backend, family, special, settings)
+        with naming(folder):
+            return cls(backend, family, special, settings)
 
     @classmethod
     def train(cls, texts, vocab_size):

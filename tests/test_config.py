@@ -223,12 +223,12 @@ def test_broken_toml_is_named_with_its_line(tmp_path, text, line):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert fails("--config", "nowhere.toml") == "--config: no file nowhere.toml"
+    assert fails("--config", "nowhere.toml") == "--config: no file nowhere.toml; name a TOML file, such as a run's config.toml"
     assert fails("--config", str(tmp_path)) == f"--config: {tmp_path} is a folder; give a TOML file"
     save(Config(), tmp_path / "config.toml")
     assert fails("--config", str(tmp_path)) == f"--config: {tmp_path} is a folder; did you mean {tmp_path}/config.toml?"
     path = toml(tmp_path, b"out = '\xff'")
-    assert fails("--config", path) == f"--config: {path} is not UTF-8 text (byte 7)"
+    assert fails("--config", path) == f"--config: {path} is not UTF-8 text (byte 7); save it as UTF-8"
     assert fails("--config", "a\0b").startswith("--config: cannot read 'a\\x00b'")
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,6 @@ from nanorlhf import ops, pipeline, plots
 from nanorlhf.advantages import gae, shape_rewards
 from nanorlhf.config import options, parse
 from nanorlhf.encoder import Encoder, EncoderConfig
-from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.masked import whiten
 from nanorlhf.metrics import METRIC_NAMES, conala_bleu
@@ -309,22 +307,6 @@ def test_eval_compares_two_models(home, ppo, capsys):
     assert {path.name for path in (out / "plots").iterdir()} == {
         "evaluation_metrics_by_epoch.png", "all_evaluation_metrics_by_epoch.png", "target_achievement.png", "reward_training_metrics.png",
         "rlhf_training_metrics.png"}
-
-
-def test_eval_bad_input_is_one_line(home, tmp_path, capsys):
-    """No model, a model that is not there, a run made with another template: exit 2 and nothing written."""
-    sft = str(home / "runs" / "sft")
-    for words, named in (([], "--model"), (["--model", str(tmp_path / "nowhere")], "nowhere"),
-                         (["--model", sft, "--template", "Q {prompt}"], "template"),
-                         (["--model", sft, "--top-k", "3"], "--temperature"), (["--model", sft, "--targets", "blue=0.3"], "'blue'"),
-                         (["--model", sft, "--targets", "bleu"], "metric=value")):
-        with pytest.raises(SystemExit) as exit:
-            main(evaluation_script.run_evaluation,
-                 parse(evaluation_script.Config, argv=[*words, "--data", str(home / "data.jsonl"), "--out",
-                                                       str(tmp_path / "eval"), *TEXT], prog="eval.py"))
-        error = capsys.readouterr().err
-        assert exit.value.code == 2 and error.count("\n") == 1 and named in error, error
-    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------- micro-batches change nothing
@@ -807,65 +789,21 @@ def bad(home):
             "reward": str(home / "runs" / "reward"), "nowhere": str(home / "nowhere" / "model")}
 
 
-ALL = "train_sft train_reward train_ppo train_dpo"
-BAD = [  # scripts, words, what the line must name. {name} is a path of `bad`
-    (ALL, "--data {nowhere}", "nowhere"),
-    (ALL, "--data {columns}", "question"),
-    (ALL, "--data {few}", "prompts"),
-    (ALL, "--data {leaking}", "--allow-overlap"),
-    (ALL, "--data {data} --data-format conala", "columns"),
-    (ALL, "--data {data} --data-format conla", "conala"),
-    (ALL, "--data {data} --template query", "{prompt}"),
-    (ALL, "--data {data} --batchsize 3", "--batch-size"),
-    (ALL, "--data {data} --lr 0", "--lr"),
-    (ALL, "--data {data} --preset quick", "fast"),
-    (ALL, "--data {data} --gpu 0 --device cpu", "--device cpu"),
-    ("train_sft", "--data {data} --model {nowhere}", "nowhere"),
-    ("train_sft", "--data {data} --model {sft} --max-query 40", "28 positions"),
-    ("train_sft", "--data {data} --n-embd 15 --n-head 2", "n_head"),
-    ("train_sft", "--data {prompts}", "reference"),
-    ("train_reward", "--data {data} --model {nowhere} --policy {sft}", "nowhere"),
-    ("train_reward", "--data {data} --policy {nowhere}", "nowhere"),
-    ("train_reward", "--data {data}", "train_sft.py"),
-    ("train_reward", "--data {data} --model {sft}", "--policy"),
-    ("train_reward", "--data {prompts} --policy {sft}", "prompts"),
-    ("train_ppo", "--data {data} --policy {nowhere} --reward {reward}", "nowhere"),
-    ("train_dpo", "--data {pairs} --policy {nowhere}", "nowhere"),
-    ("train_ppo train_dpo", "--data {data} --policy {sft} --model gpt2", "--model"),
-    ("train_ppo", "--data {data} --policy {sft} --reward {reward} --max-query 40", "28 positions"),
-    ("train_ppo", "--data {data} --policy {sft} --reward {sft}", "train_reward.py"),
-    ("train_ppo", "--data {data} --policy {sft} --reward {nowhere}", "nowhere"),
-    ("train_ppo", "--data {data} --policy {sft} --reward no_such_module_zq:f", "no_such_module_zq"),
-    ("train_ppo", "--data {data} --policy {sft} --reward json:no_such", "no_such"),
-    ("train_ppo", "--batch-size 8 --minibatch-size 16", "--minibatch-size 16"),
-    ("train_ppo", "--batch-size 8 --minibatch-size 3", "multiple"),
-    ("train_ppo", "--missing-eos-mode subtract", "--missing-eos-penalty"),
-    ("train_dpo", "--loss-type ipo --label-smoothing 0.1", "--label-smoothing"),
-    ("train_dpo", "--loss-type robust --label-smoothing 0.5", "0.5"),
-    ("train_dpo", "--ipo-sum", "--loss-type ipo"),
-    ("train_sft", "--data {data} --model {sft} --n-layer 3 --n-head 2", "--n-head: for random weights"),  # 3 is the default
-    ("train_ppo", "--combine min --reward {reward}", "several rewards"),
-    ("train_ppo", "--kl-horizon 5", "--kl-target"),
-    ("train_reward", "--data {pairs} --model {sft} --samples 3", "--samples"),
-    ("train_reward", "--data {ratings} --model {sft} --center-coef 0.5", "--center-coef"),
-    ("train_reward", "--data {half_rated} --model {sft}", "no rating"),
-    ("train_reward", "--data {data} --policy {sft} --model {sft} --template {prompt}:", "template"),
-    ("train_ppo train_dpo", "--data {data} --policy {sft} --template {prompt}:", "template"),
-]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_preset_is_good_and_takes_pretrained_weights(script):
+    """Also `--preset conala --model NAME`: no preset contradicts itself, and its shape gives way to the model's."""
+    module = importlib.import_module(script)
+    for preset in module.PRESETS:
+        assert settings(module, "--preset", preset, "--model", "gpt2").model == "gpt2"
 
 
-@pytest.mark.parametrize("script, words, named",
-                         [(script, words, named) for scripts, words, named in BAD for script in scripts.split()],
-                         ids=lambda value: value if "-" in value and " " in value else None)
-def test_bad_input_is_one_line(script, words, named, bad, tmp_path, capsys):
-    """Exit 2, one line on stderr that names the fault, and nothing written, neither the run folder nor a stage."""
-    out = tmp_path / "runs" / "new"
-    words = words.replace("{prompt}", "{{prompt}}").format(**bad).split()
-    assert launch(script, "--out", str(out), *TEXT, *words) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "error: " in error, error
-    assert named in error, error
-    assert list(tmp_path.iterdir()) == []
+def test_the_learning_rate_goes_by_size(capsys):
+    """Width 256 halves the rate of 128; from 20,000,000 parameters on it is the second; --lr overrules both."""
+    small, large = (SimpleNamespace(parameters=lambda n=n: [torch.empty(n, device="meta")]) for n in (19_999_999, 20_000_000))
+    assert [learning_rate(None, small, 256, 1e-3, 1e-5), learning_rate(None, large, 256, 1e-3, 1e-5)] == [5e-4, 1e-5]
+    assert learning_rate(0.5, large, 256, 1e-3, 1e-5) == 0.5
+    assert "learning rate 1e-05, for 20,000,000 parameters" in capsys.readouterr().out
+
 
 
 @no_cuda
