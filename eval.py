@@ -1,25 +1,28 @@
 """Evaluate policies: answer the prompts of a split with each, compare the answers with the references, and say what to make of it.
 
-Greedy by default; with --temperature 1 the policy is sampled, which is what PPO trained. Every answer is written down, so that
+Greedy by default; with --temperature 1 the policy is sampled, which is what PPO trained. Where rows carry checks (nano), answers are
+run in the sandbox: execution_accuracy is the share that pass all their checks, and with --samples n pass@k the chance that one of k
+samples does. Every answer is written down, so that
 each number can be traced to its rows. Every metric has a bootstrap 95 % interval over prompts; with several models the paired
 difference of each to the first has one too, and a p-value. Findings that speak against an evaluation (overlap of train and test,
 repeated, empty, unparsable or copied answers, values too good to be true, metrics that could not be computed) stand with their
 numbers in the results and below the table.
 
     python eval.py --model runs/sft runs/ppo runs/dpo
+    python eval.py --model runs/ppo --split all --temperature 0.8 --samples 10
     python eval.py --preset conala --model runs/conala/ppo --every-checkpoint --encoder microsoft/codebert-base
 """
 from dataclasses import dataclass
 
-from nanorlhf.config import option, parse
+from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, RunOptions
+from nanorlhf.options import DataOptions, RunOptions, SandboxOptions
 
 DEFAULT_TARGETS = ["bertscore=0.7", "codebleu=0.6", "bleu=0.4", "rougeL=0.5", "ruby=0.3"]
 
 
 @dataclass
-class Config(DataOptions, RunOptions):
+class Config(SandboxOptions, DataOptions, RunOptions):
     out: str = option("runs/eval", "folder for results.json, predictions.jsonl and plots/", group="Run", metavar="FOLDER")
     model: list[str] = option([], "policies: run folders, model folders or names", group="Evaluation", metavar="FOLDER")
     every_checkpoint: bool = option(False, "evaluate a run folder's checkpoints/step-N too, in order")
@@ -28,7 +31,8 @@ class Config(DataOptions, RunOptions):
     temperature: float = option(0.0, "sampling temperature; 0: greedy", at_least=0)
     top_k: int = option(0, "sample among the k likeliest tokens; 0: all", at_least=0)
     top_p: float = option(1.0, "sample among the likeliest tokens of this probability; 1: all", above=0, at_most=1)
-    reward: list[str] = option([], "reward-model folders, or module:function, to score the answers with", metavar="FOLDER")
+    samples: int = option(1, "answers to each prompt, for pass@k; the other metrics are those of the first", at_least=1)
+    reward: list[str] = option([], "reward to score the answers with, as for train_ppo.py", metavar="REWARD")
     encoder: str = option("", "encoder for BERTScore, a folder or a name; empty: no BERTScore", metavar="FOLDER_OR_NAME")
     targets: list[str] = option(DEFAULT_TARGETS, "metrics and the values to reach, as metric=value", metavar="METRIC=VALUE")
     batch_size: int = option(128, "prompts answered at once", at_least=1)
@@ -39,6 +43,8 @@ class Config(DataOptions, RunOptions):
             raise InputError("--model: name at least one policy, such as --model runs/ppo")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise InputError("--top-k and --top-p are for sampling: give --temperature above 0 too, or leave them out")
+        if self.temperature == 0 and self.samples > 1:
+            raise InputError(f"--samples {self.samples}: greedy answers are all the same; give --temperature above 0 too, such as 0.8")
 
 
 PRESETS = {
@@ -57,18 +63,19 @@ from nanorlhf import plots
 from nanorlhf.checkpoint import step_folders
 from nanorlhf.data import open_data
 from nanorlhf.encoder import Encoder
-from nanorlhf.evaluation import add_rewards, answer, mean, write_answers
+from nanorlhf.evaluation import add_execution, add_rewards, answer, mean, open_sandbox, write_answers
 from nanorlhf.gpt2 import GPT2
-from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate
+from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate, pass_at_k
 from nanorlhf.metrics.bootstrap import corpus_bootstrap, paired_corpus_bootstrap
 from nanorlhf.metrics.counted import COUNTED
 from nanorlhf.metrics.honesty import assess
 from nanorlhf.pipeline import check_policy
-from nanorlhf.reward import load_reward
 from nanorlhf.run import Run, check_run, main, pick_device, seed_everything
+from nanorlhf.terms import ExecutionReward, load_reward, needs_execution
 from nanorlhf.tokenizer import Tokenizer
 
-OF_ROWS = ("reward", "length", "ended", "bertscore")  # means of values that the rows themselves carry
+OF_ROWS = ("reward", "length", "ended", "execution_accuracy", "bertscore")  # means of values that the rows themselves carry
+PASS_AT = (1, 2, 5, 10, 20, 50, 100)
 
 
 def policies(config):
@@ -95,8 +102,8 @@ def read_targets(words):
             targets[name] = float(value)
         except ValueError:
             raise InputError(f"--targets {word}: write metric=value, such as bleu=0.4") from None
-        if name not in METRIC_NAMES:
-            raise InputError(f"--targets {word}: no metric {name!r}; there are {', '.join(METRIC_NAMES)}")
+        if name not in (*METRIC_NAMES, "execution_accuracy") and not name.startswith("pass@"):
+            raise InputError(f"--targets {word}: no metric {name!r}; there are execution_accuracy, pass@k, {', '.join(METRIC_NAMES)}")
     return targets
 
 
@@ -109,10 +116,15 @@ def texts(rows):
 def counts(rows):
     """{metric: (rows of counts, score)}: what the intervals and comparisons are drawn from."""
     found = {name: ([metric.counts(*pair) for pair in zip(*_listed(rows))], metric.score) for name, metric in COUNTED.items()}
-    for name in OF_ROWS:
+    for name in of_rows(rows):
         if rows and all(row.get(name) is not None for row in rows):
             found[name] = ([[float(row[name]), 1.0] for row in rows], lambda sums: sums[0] / sums[1])
     return {name: (values, score) for name, (values, score) in found.items() if values}
+
+
+def of_rows(rows):
+    """OF_ROWS, and pass@k as far as the rows carry it."""
+    return [*OF_ROWS, *(name for name in (rows[0] if rows else ()) if name.startswith("pass@"))]
 
 
 def _listed(rows):
@@ -122,7 +134,10 @@ def _listed(rows):
 
 def score(rows, counted):
     """All numbers of one policy's answers: {metric: value or None}, {"intervals": {metric: [low, high]}}, {"reasons": ...}."""
-    numbers = {name: mean(rows, name) for name in ("reward", "length", "ended")} | evaluate(*texts(rows))
+    executes = [row["execution_accuracy"] for row in rows if row["reference"] is not None]
+    numbers = {name: mean(rows, name) for name in of_rows(rows) if name != "bertscore"} | evaluate(*texts(rows), executes=executes)
+    if numbers["execution_accuracy"] is None:
+        numbers["reasons"]["execution_accuracy"] = "the rows have no checks, or there is no sandbox to run them in"
     if any(row.get("bertscore") is not None for row in rows):
         for name in ("bertscore", "bertscore_precision", "bertscore_recall"):
             numbers[name] = mean(rows, name)
@@ -220,7 +235,11 @@ def run_evaluation(config):
     if config.split == "all":
         held_out = {"validation": splits.validation, "test": splits.test, **splits.extra}
     names = policies(config)
-    reward = load_reward(config.reward, "mean", device) if config.reward else None
+    box = open_sandbox(config, splits, needs_execution(config.reward))
+    execution = box and ExecutionReward(box, sum(splits.named().values(), []))
+    reward = load_reward(config.reward, "mean", device, execution) if config.reward else None
+    if box is None and asked(config, "samples"):
+        raise InputError(f"--samples {config.samples}: pass@k needs rows with checks, as nano has, and a sandbox to run answers in: leave it out")
     encoder = (Encoder.from_pretrained(config.encoder).to(device), Tokenizer.from_pretrained(config.encoder)) if config.encoder else None
     models = {name: (GPT2.from_pretrained(name).to(device), Tokenizer.from_pretrained(name)) for name in names}
     for name, (model, tokenizer) in models.items():
@@ -239,7 +258,11 @@ def run_evaluation(config):
                 add_rewards(rows, reward)
             if encoder is not None:
                 add_bertscores(rows, *encoder)
-            write_answers(run.folder, split, "greedy" if config.temperature == 0 else "sampled", name, rows, "predictions.jsonl")
+            more = [answer(model, tokenizer, records, config, config.temperature, seed=config.seed + i, batch_size=config.batch_size)
+                    for i in range(1, config.samples)]
+            add_passes([rows, *more], records, box)
+            for some in (rows, *more):
+                write_answers(run.folder, split, "greedy" if config.temperature == 0 else "sampled", name, some, "predictions.jsonl")
             counted[name] = counts(rows)
             numbers[name] = score(rows, counted[name])
             known = [row for row in rows if row["reference"] is not None]
@@ -252,9 +275,21 @@ def run_evaluation(config):
         print(table(f"{split}, {len(records)} prompts", numbers, gains))
         for name in names:
             print(in_words(name, numbers[name], findings[name], targets))
-    run.finish(results=results, leakage=leakage, source=splits.source, encoder=config.encoder or None)
+    run.finish(results=results, leakage=leakage, source=splits.source, encoder=config.encoder or None,
+               sandbox=box.layers if box else None)
     draw(config, run.folder, names, results[list(results)[0]]["metrics"], targets)
     print(f"\n{run.folder}/results.json; {run.seconds():.0f} s")
+
+
+def add_passes(samples, records, box):
+    """Add execution_accuracy to the rows of every sample, in place, and with several samples pass@k to those of the first."""
+    for rows in samples:
+        for row in add_execution(rows, records, box):
+            row["execution_accuracy"] = row.pop("execution")
+    for of_prompt in zip(*samples) if len(samples) > 1 else ():
+        passed = [row["execution_accuracy"] for row in of_prompt]
+        for k in (k for k in PASS_AT if k <= len(passed)):
+            of_prompt[0][f"pass@{k}"] = None if None in passed else pass_at_k(len(passed), int(sum(passed)), k)
 
 
 def add_bertscores(rows, encoder, tokenizer):

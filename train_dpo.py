@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, KernelOptions, TrainOptions
+from nanorlhf.options import DataOptions, KernelOptions, SandboxOptions, TrainOptions
 
 
 @dataclass
-class Config(KernelOptions, DataOptions, TrainOptions):
+class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     out: str = option("runs/dpo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
@@ -75,16 +75,16 @@ from tqdm import tqdm
 
 from nanorlhf import pipeline
 from nanorlhf.data import open_data, read
-from nanorlhf.evaluation import add_rewards, answer, known, report, summary
+from nanorlhf.evaluation import add_execution, add_rewards, answer, known, open_sandbox, report, summary
 from nanorlhf.feedback import PAIR_FILES
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.losses import dpo_loss
 from nanorlhf.ops import TORCH, choose
 from nanorlhf.plots import plot_dpo
-from nanorlhf.reward import load_reward
 from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
 from nanorlhf.sequences import encode_queries, encode_responses, epoch_batches, join, response_states
+from nanorlhf.terms import ExecutionReward, load_reward, needs_execution
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -156,7 +156,9 @@ def train(config):
     sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
     ops = choose(config.kernels, device, config.low_memory)
     splits, leakage = open_data(config)
-    reward = load_reward(config.reward, "mean", device) if config.reward else None  # a bad one is found before any training
+    box = open_sandbox(config, splits, needs_execution(config.reward))
+    execution = box and ExecutionReward(box, sum(splits.named().values(), []))
+    reward = load_reward(config.reward, "mean", device, execution) if config.reward else None  # a bad one is found before any training
     if splits.train[0].chosen is None and splits.train[0].reference is None:
         raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from; "
                          "give one of them")
@@ -196,14 +198,14 @@ def train(config):
     def evaluate(step):
         numbers = validate(policy, tokenizer, held_out, held_out_ref_logps, config, ops)
         if reward is not None:
-            rows = add_rewards(answer(policy, tokenizer, splits.validation[:config.eval_rows], config, config.temperature,
-                                      reference, seed=config.seed), reward)
-            numbers |= known(summary(rows))
+            records = splits.validation[:config.eval_rows]
+            rows = answer(policy, tokenizer, records, config, config.temperature, reference, seed=config.seed)
+            numbers |= known(summary(add_execution(add_rewards(rows, reward), records, box)))
             run.samples(step, rows[:5])
         run.log(step, numbers)
         run.keep_best(step, numbers["eval/reward"] if reward is not None else -numbers["eval/loss"], save)
         tqdm.write(f"step {step}: validation " + ", ".join(
-            f"{name} {numbers[f'eval/{name}']:.3f}" for name in ("loss", "accuracy", "reward", "exact_match", "kl")
+            f"{name} {numbers[f'eval/{name}']:.3f}" for name in ("loss", "accuracy", "reward", "exact_match", "execution", "kl")
             if f"eval/{name}" in numbers))
 
     if not step:
@@ -229,7 +231,7 @@ def train(config):
             run.end_step(step, save, optimizer)
 
     policy.load_state_dict(GPT2.from_pretrained(run.folder / "best").state_dict())
-    results = {} if reward is None else report(run.folder, {"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference)
+    results = {} if reward is None else report(run.folder, {"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference, box)
     results["validation"] = validate(policy, tokenizer, held_out, held_out_ref_logps, config, ops)
     run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage)
     plot_dpo(run.folder)

@@ -3,7 +3,7 @@
 Each step, with the numbers of the algorithm box in the README:
 
     1  sample a response to each query of a batch; score its tokens by policy, value head and frozen reference
-    2  score the responses with the reward
+    2  score the responses with the reward (a model, execution, a sum of terms)
     3  rewards: r_t = -kl_coef * KL_t + [t last] * score
     4  advantages by GAE, whitened
     5  some epochs of minibatches on the clipped policy loss and the clipped value loss
@@ -21,18 +21,21 @@ from dataclasses import dataclass
 
 from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import DataOptions, KernelOptions, TrainOptions
+from nanorlhf.options import DataOptions, KernelOptions, SandboxOptions, TrainOptions
 
 
 @dataclass
-class Config(KernelOptions, DataOptions, TrainOptions):
+class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     out: str = option("runs/ppo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
     policy: str = option("", "SFT policy to start from, and the reference; empty: the SFT stage, made if missing",
                          metavar="FOLDER_OR_NAME")
-    reward: list[str] = option([], "reward: a reward-model folder, several as an ensemble, or module:function; empty: the reward "
-                               "stage", group="Reward", metavar="FOLDER")
+    reward: list[str] = option([], "a reward-model folder, execution, module:function, or a sum such as '0.7*runs/reward + 0.3*execution "
+                               "- 0.01*length' (terms: see nanorlhf/terms.py); several make an ensemble; empty: the reward stage",
+                               group="Reward", metavar="REWARD")
+    term_clip: float | None = option(None, "bound on the size of each term of a sum, before its weight", above=0)
+    normalise_terms: bool = option(False, "bring each term of a sum to mean 0 and variance 1 over the responses so far")
     combine: str = option("mean", "how several rewards become one", choices=("mean", "min", "mean-std"))
     score_clip: float | None = option(None, "clip scores to plus or minus this", above=0)
     missing_eos_penalty: float | None = option(None, "for a response cut before EOS: the score it gets, or what is taken off")
@@ -66,6 +69,8 @@ class Config(KernelOptions, DataOptions, TrainOptions):
     eval_every: int = option(10, "evaluate on validation prompts every so many steps", group="Evaluation", at_least=1)
     eval_rows: int = option(200, "validation prompts answered", at_least=1)
     patience: int = option(0, "stop after so many evaluations without a better validation reward; 0: never", at_least=0)
+    on_alarm: str = option("warn", "when the monitor sees over-optimisation, collapse or divergence: say so; also stop; or also raise kl_coef "
+                           "by half where that is the cure", choices=("warn", "stop", "raise-kl"))
 
     def check(self):
         super().check()
@@ -77,6 +82,8 @@ class Config(KernelOptions, DataOptions, TrainOptions):
             raise InputError(f"--combine {self.combine} needs several rewards: name them with --reward, or leave it out")
         if asked(self, "kl_horizon") and self.kl_target is None:
             raise InputError("--kl-horizon is for --kl-target, which steers kl_coef: give both, or neither")
+        if self.on_alarm == "raise-kl" and self.kl_coef == 0:
+            raise InputError("--on-alarm raise-kl multiplies kl_coef, which --kl-coef 0 leaves at 0: give a --kl-coef above 0")
         if self.minibatch_size > self.batch_size:
             raise InputError(f"--minibatch-size {self.minibatch_size} exceeds --batch-size {self.batch_size}: lower it")
         if self.batch_size % self.minibatch_size:
@@ -109,18 +116,20 @@ from nanorlhf import pipeline
 from nanorlhf.advantages import AdaptiveKLController, FixedKLController, shape_rewards
 from nanorlhf.checkpoint import stream
 from nanorlhf.data import open_data
-from nanorlhf.evaluation import add_rewards, answer, check_finite, in_words, known, report, summary
+from nanorlhf.evaluation import add_execution, add_rewards, answer, check_finite, in_words, known, open_sandbox, report, summary
 from nanorlhf.gpt2 import GPT2, PolicyWithValue
 from nanorlhf.logprobs import kl_estimate
 from nanorlhf.losses import ppo_value_loss
 from nanorlhf.masked import masked_var, whiten
+from nanorlhf.monitor import RAISED, Monitor, cures, distinct_n
 from nanorlhf.ops import TORCH, choose
-from nanorlhf.plots import plot_ppo
-from nanorlhf.reward import call_reward, load_reward
+from nanorlhf.plots import plot_overoptimisation, plot_ppo, read_log
+from nanorlhf.reward import call_reward
 from nanorlhf.rollout import hidden_states, roll_out
-from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
+from nanorlhf.run import (Run, RunFailed, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
 from nanorlhf.sequences import encode_queries
+from nanorlhf.terms import Combination, ExecutionReward, load_reward, needs_execution
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -191,17 +200,30 @@ def explained_variance(values, returns, mask):
     return (1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12)).item()
 
 
-def make_stages(config, device):
-    """(the folder of the SFT policy, the reward, the reward's name); a stage that is missing is made first."""
+def reward_numbers(reward):
+    """What a sum's terms, or an ensemble's members, said of the latest responses, for the log."""
+    numbers = {f"reward/{name}": values.nanmean().item() for name, values in getattr(reward, "values", {}).items()
+               if not values.isnan().all()}
+    if getattr(reward, "disagreement", None) is not None:
+        numbers["objective/disagreement"] = reward.disagreement.mean().item()
+    return numbers
+
+
+def make_stages(config, device, execution):
+    """(the folder of the SFT policy, the reward, the reward's name); a stage that is missing is made first.
+
+    execution: the reward of the term of that name, or None.
+    """
     beside = Path(config.out).parent
-    reward = load_reward(config.reward, config.combine, device) if config.reward else None  # a bad one is found before any training
+    form = {"device": device, "execution": execution, "clip": config.term_clip, "normalise": config.normalise_terms}
+    reward = load_reward(config.reward, config.combine, **form) if config.reward else None  # a bad one is found before any training
     if config.policy:
         pipeline.check_policy(config.policy, config)
     else:
         pipeline.ensure("train_sft.py", beside / "sft", config, model=config.model)
     if reward is None:
         pipeline.ensure("train_reward.py", beside / "reward", config, policy=config.policy)
-        reward = load_reward([str(beside / "reward")], config.combine, device)
+        reward = load_reward([str(beside / "reward")], config.combine, **form)
     return config.policy or str(beside / "sft"), reward, ", ".join(config.reward) or str(beside / "reward")
 
 
@@ -210,7 +232,8 @@ def train(config):
     device = pick_device(config.gpu, config.device)
     ops = choose(config.kernels, device, config.low_memory)
     splits, leakage = open_data(config)
-    folder, reward, reward_name = make_stages(config, device)
+    box = open_sandbox(config, splits, needs_execution(config.reward))
+    folder, reward, reward_name = make_stages(config, device, box and ExecutionReward(box, sum(splits.named().values(), [])))
     seed_everything(config.seed)
     tokenizer = Tokenizer.from_pretrained(folder)
     reference = GPT2.from_pretrained(folder).to(device).requires_grad_(False)
@@ -229,16 +252,35 @@ def train(config):
         AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
     step, resumed = run.restore(optimizer, config.steps)
     controller.value = resumed.get("kl_coef", controller.value)
+    if "reward" in resumed:
+        reward.state = resumed["reward"]
+    gold_rows = splits.validation[:config.eval_rows]
+    monitor, alarms = Monitor(sum(box is not None and bool(r.checks) for r in gold_rows) or len(gold_rows), config.kl_target), []
+    if step:
+        alarms += monitor.replay(read_log(run.folder / "metrics.jsonl"))
 
     def save(folder):
         actor.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
+    def log(step, numbers):
+        """Write a line of the log, and heed what the monitor sees in it."""
+        run.log(step, numbers)
+        for alarm in monitor.see(step, numbers):
+            alarms.append(alarm)
+            run.log(step, {"alarm": alarm.name, "message": alarm.message})
+            tqdm.write(f"ALARM {alarm.message}")
+            if config.on_alarm == "raise-kl" and cures(alarm):
+                controller.value *= RAISED
+                tqdm.write(f"kl_coef raised to {controller.value:.3g}")
+
     def evaluate(step):
-        rows = add_rewards(answer(actor.policy, tokenizer, splits.validation[:config.eval_rows], config, config.temperature,
-                                  reference, seed=config.seed), reward)
-        numbers = summary(rows)
-        run.log(step, known(numbers))
+        records = splits.validation[:config.eval_rows]
+        rows = answer(actor.policy, tokenizer, records, config, config.temperature, reference, seed=config.seed)
+        if config.normalise_terms and step == 0:
+            reward.start(*([row[name] for row in rows] for name in ("prompt", "response", "reference")))
+        numbers = summary(add_execution(add_rewards(rows, reward), records, box))
+        log(step, known(numbers))
         run.samples(step, rows[:5])
         run.keep_best(step, numbers["reward"], save)
         tqdm.write(f"step {step}: validation {in_words(numbers)}")
@@ -255,12 +297,20 @@ def train(config):
             with autocast(device, config.precision):
                 batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
                                  config.top_k, config.top_p, stream(config.seed, "tokens", step, device), config.micro_batch_size, ops)
-            mask = batch.response_mask  # (B, R)
 
-            # 2. Score the responses.
-            scores = call_reward(reward, [r.prompt for r in records], batch.responses, [r.reference for r in records]).to(device)
-            check_finite(scores, records, f"step {step}")
+            # 2. Score the responses; a row that a sum of terms cannot score is left out of this step.
+            scores = call_reward(getattr(reward, "learn", reward), [r.prompt for r in records], batch.responses,
+                                 [r.reference for r in records]).to(device)
+            check_finite(scores, records, f"step {step}", left_out=getattr(reward, "leaves_out", False))
+            scored = torch.nonzero(~scores.isnan()).flatten()
+            left_out = len(scores) - len(scored)
+            if not len(scored):
+                raise RunFailed(f"step {step}: the reward is NaN for all {left_out} responses: which term, the last line of metrics.jsonl says")
+            distinct = distinct_n(batch.responses)
+            if left_out:
+                batch, scores, records = batch.select(scored), scores[scored], [records[i] for i in scored.tolist()]
             scores = final_scores(scores, batch.ended, config)  # (B,)
+            mask = batch.response_mask  # (B, R)
 
             # 3. KL-shaped rewards.
             kl = kl_estimate(batch.logprobs, batch.ref_logprobs, config.kl_estimator)  # (B, R)
@@ -279,25 +329,32 @@ def train(config):
 
             # 6. KL controller, log, evaluate, save.
             response_kl = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
-            run.log(step, {
+            log(step, {
                 "objective/score": scores.mean().item(), "objective/score_std": scores.std(unbiased=False).item(),
                 "objective/rewards": rewards.sum(1).mean().item(), "objective/kl": response_kl,
                 "objective/kl_k3": (kl_estimate(batch.logprobs, batch.ref_logprobs, "k3") * mask).sum(1).mean().item(),
-                "objective/kl_coef": controller.value, **stats,
+                "objective/kl_coef": controller.value, **reward_numbers(reward), "response/left_out": left_out, **stats,
                 "value/explained_variance": explained_variance(batch.values, returns, mask),
                 "response/length": batch.lengths.float().mean().item(), "response/eos": batch.ended.float().mean().item(),
+                "response/distinct": distinct,
                 "lr": rate, "time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out})
             controller.update(response_kl, config.batch_size)
             bar.update()
             bar.set_postfix(loss=f"{stats['loss/total']:.3f}", reward=f"{scores.mean():.2f}", kl=f"{response_kl:.2f}")
             if step % config.eval_every == 0 or step == config.steps:
                 evaluate(step)
-            run.end_step(step, save, optimizer, kl_coef=controller.value)
+            run.end_step(step, save, optimizer, kl_coef=controller.value,
+                         **{"reward": reward.state} if isinstance(reward, Combination) else {})
+            if alarms and config.on_alarm == "stop":
+                tqdm.write(f"stopped by --on-alarm stop at step {step}")
+                break
 
     actor = PolicyWithValue.from_pretrained(run.folder / "best").to(device)
-    results = report(run.folder, {"SFT": reference, "PPO": actor.policy}, tokenizer, splits, config, reward, reference)
-    run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage)
+    results = report(run.folder, {"SFT": reference, "PPO": actor.policy}, tokenizer, splits, config, reward, reference, box)
+    run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage,
+               alarms=[alarm._asdict() for alarm in alarms])
     plot_ppo(run.folder)
+    plot_overoptimisation(run.folder)
     print(f"{run.folder}/final is step {run.best_step}, the best by validation reward; {run.seconds():.0f} s")
 
 

@@ -2,32 +2,40 @@
 
     pairs      loss = -mean log sigmoid(s_chosen - s_rejected) + c * mean (s_chosen + s_rejected)^2     Bradley & Terry 1952
     ratings    loss = mean (s - rating)^2, ratings standardised over the training rows
+    both       each row of a batch counts the same, whatever its kind
 
 The model is a GPT-2 or an encoder (RoBERTa, CodeBERT, BERT) with its own tokenizer, whatever the policy uses. Data without
 preferences (nano, CoNaLa) gets them made: the reference against the SFT policy's own wrong answers and against mutated
-references, from training rows for training and validation rows for validation; test rows are never touched. After training,
-gain and bias give the SFT policy's samples scores of mean 0 and variance 1.
+references (where rows have checks, answers are run: one that passes them all is not wrong), from training rows for training and validation rows for validation; test rows are never touched. After training,
+gain and bias give the SFT policy's samples scores of mean 0 and variance 1. Rated rows may carry people's logits, a vector that the
+model adds to the state its head reads (`RewardModel`); in training it is dropped at random, for later there will be none.
 
     python train_reward.py                                                # the backbone starts from runs/sft
     python train_reward.py --model microsoft/codebert-base --data preferences.jsonl --out runs/codebert/reward --gpu 0
 """
 from dataclasses import dataclass
 
-from nanorlhf.config import asked, option, parse
-from nanorlhf.options import DataOptions, TrainOptions
+from nanorlhf.config import asked, option, parse, replace
+from nanorlhf.options import DataOptions, SandboxOptions, TrainOptions
 
 
 @dataclass
-class Config(DataOptions, TrainOptions):
+class Config(SandboxOptions, DataOptions, TrainOptions):
     out: str = option("runs/reward", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     model: str = option("", "backbone, a GPT-2 or encoder: a folder or a name; empty: the SFT policy", group="Model",
                         metavar="FOLDER_OR_NAME")
+    head: str = option("native", "native: the family's own, which transformers loads; linear: one layer; mlp: three with ReLU and dropout",
+                       choices=("native", "linear", "mlp"))
+    human_feedback_dim: int = option(64, "numbers in people's logits, where rated rows carry them", at_least=1)
+    human_feedback_weight: float = option(0.3, "their weight beside the backbone's state", above=0)
+    human_feedback_dropout: float = option(0.5, "chance that a row's are dropped in training", at_least=0, at_most=1)
     policy: str = option("", "SFT policy whose samples become pairs and set gain and bias; empty: the folder sft beside --out",
                          metavar="FOLDER")
     samples: int = option(2, "answers sampled from the policy for each prompt, to make pairs", group="Preferences", at_least=1)
     temperature: float = option(1.0, "temperature of these samples", above=0)
     pair_rows: int = option(2000, "training prompts to make pairs of; 0: all", at_least=0)
     mutations: int = option(1, "mutated references a prompt", at_least=0)
+    ratings: str = option("", "a file of rated responses to learn from beside the pairs of --data", metavar="PATH")
     epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
     batch_size: int = option(16, "pairs (or ratings) of an optimiser step", at_least=1)
     micro_batch_size: int = option(64, "pairs (or ratings) of a forward pass", at_least=1)
@@ -48,6 +56,8 @@ PRESETS = {
                    "max_query": 128, "max_response": 128, "pair_rows": 0, "samples": 8, "precision": "bf16", "save_steps": 200},
 }
 
+SANDBOX = tuple(SandboxOptions.__dataclass_fields__)
+
 if __name__ == "__main__":
     CONFIG = parse(Config, PRESETS)  # before torch is imported: --help and typing errors answer at once
 
@@ -59,10 +69,11 @@ from tqdm import tqdm
 
 from nanorlhf.data import open_data
 from nanorlhf.errors import InputError
-from nanorlhf.evaluation import answer
-from nanorlhf.feedback import PAIR_FILES, preference_pairs, read_pairs, write_pairs
+from nanorlhf.evaluation import answer, open_sandbox
+from nanorlhf.feedback import PAIR_FILES, read_pairs, write_pairs
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.losses import bradley_terry_loss, rating_loss
+from nanorlhf.mutations import passing, preference_pairs
 from nanorlhf.pipeline import check_policy
 from nanorlhf.plots import plot_reward
 from nanorlhf.reward import RewardModel
@@ -83,34 +94,36 @@ def load_policy(config, device):
     return policy, Tokenizer.from_pretrained(folder)
 
 
-def make_pairs(policy, tokenizer, records, config, seed):
-    """Preference pairs of some records: sample the policy, then set the reference against what is wrong."""
+def make_pairs(policy, tokenizer, records, config, seed, box):
+    """Preference pairs of some records: sample the policy, then set the reference against what is wrong. box: a Sandbox or None."""
     samples = [[] for _ in records]
     for i in range(config.samples):
         for row, texts in zip(answer(policy, tokenizer, records, config, config.temperature, seed=seed + i), samples):
             texts.append(row["response"])
-    return preference_pairs(records, samples, random.Random(seed), config.mutations, most=config.samples)
+    return preference_pairs(records, samples, random.Random(seed), config.mutations, config.samples, passing(box) if box else None)
 
 
 def examples(splits, policy, tokenizer, config, checkpoint=None):
-    """(training rows, validation rows), each a list of dicts: pairs with chosen and rejected, or rated responses. A resumed run
-    reads the pairs that it made."""
+    """(training rows, validation rows), each a list of dicts: pairs with chosen and rejected, rated responses, or both."""
+    pairs = splits.train[0].rating is None
+    if config.ratings and not pairs:
+        raise InputError(f"--ratings adds rated responses to pairs, but --data {config.data} is rated itself: put them into one file")
+    found = pairs_of(splits, policy, tokenizer, config, checkpoint) if pairs else rated(splits, config)
+    if config.ratings:
+        more, _ = open_data(replace(config, data=config.ratings, data_format="feedback"))
+        found = [rows + added for rows, added in zip(found, rated(more, config))]
+    if asked(config, "human_feedback_dim", "human_feedback_weight", "human_feedback_dropout") and not has_feedback(found[0]):
+        raise InputError("--human-feedback-dim, -weight and -dropout are for people's logits, but no rated row has any: leave them out")
+    return found
+
+
+def pairs_of(splits, policy, tokenizer, config, checkpoint):
+    """The data's own pairs, or pairs made of references and the policy's samples; a resumed run reads the pairs that it made."""
     first = splits.train[0]
-    idle = asked(config, "samples", "mutations", "pair_rows")
-    if idle and (first.chosen is not None or first.rating is not None):
-        raise InputError(f"{idle}: for pairs made from references, but --data {config.data} brings {splits.kind} rows: leave out")
     if first.chosen is not None:
+        if idle := asked(config, "samples", "mutations", "pair_rows", *SANDBOX):
+            raise InputError(f"{idle}: for pairs made from references, but --data {config.data} brings {splits.kind} rows: leave out")
         return [[{"id": r.id, "prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "source": "data"} for r in rows]
-                for rows in (splits.train, splits.validation)]
-    if first.rating is not None:
-        unrated = [r for r in splits.train + splits.validation if r.rating is None]
-        if unrated:
-            raise InputError(f"--data {config.data}: {len(unrated)} rows have no rating, such as that of {unrated[0].prompt[:60]!r}: rate "
-                             "all, or none")
-        if asked(config, "center_coef"):
-            raise InputError("--center-coef is for pairs; ratings say themselves where the scores are centred: leave it out")
-        mean, std = mean_and_std([r.rating for r in splits.train])
-        return [[{"id": r.id, "prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std} for r in rows]
                 for rows in (splits.train, splits.validation)]
     if first.reference is None:
         raise InputError(f"--data {config.data}: {splits.kind} rows carry no preference, rating or reference to learn from; "
@@ -122,10 +135,34 @@ def examples(splits, policy, tokenizer, config, checkpoint=None):
         check_policy(Path(config.out).parent / "sft", config, "data", "split_seed")  # samples of other rows' answers would leak
     if checkpoint:
         return [read_pairs(Path(config.out) / name) for name in PAIR_FILES]
+    box = open_sandbox(config, splits)
     count = min(config.pair_rows or len(splits.train), len(splits.train))
     print(f"sampling {config.samples} answers to each of {count} training and {len(splits.validation)} validation prompts, to make pairs")
     some = random.Random(config.seed).sample(splits.train, count)
-    return [make_pairs(policy, tokenizer, rows, config, config.seed * 1000 + i) for i, rows in enumerate((some, splits.validation))]
+    return [make_pairs(policy, tokenizer, rows, config, config.seed * 1000 + i, box) for i, rows in enumerate((some, splits.validation))]
+
+
+def rated(splits, config):
+    """Rated responses, their ratings standardised over the training rows, with people's logits where there are any."""
+    idle = asked(config, "samples", "mutations", "pair_rows", "center_coef", *SANDBOX) if not config.ratings else ""
+    if idle:
+        raise InputError(f"{idle}: for pairs, but --data {config.data} brings ratings, which say themselves where the scores are centred: "
+                         "leave out")
+    for r in splits.train + splits.validation:
+        if r.rating is None:
+            count = sum(row.rating is None for row in splits.train + splits.validation)
+            raise InputError(f"{splits.source}: {count} rows have no rating, such as that of {r.prompt[:60]!r}: rate all, or none")
+        if r.logits is not None and len(r.logits) != config.human_feedback_dim:
+            raise InputError(f"{splits.source}: the logits of the row with prompt {r.prompt[:60]!r} are {len(r.logits)} numbers, not "
+                             f"{config.human_feedback_dim}: give all rows as many, and say --human-feedback-dim {len(r.logits)}")
+    mean, std = mean_and_std([r.rating for r in splits.train])
+    return [[{"id": r.id, "prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std, "feedback": r.logits}
+             for r in rows] for rows in (splits.train, splits.validation)]
+
+
+def has_feedback(rows):
+    """Whether any row carries people's logits."""
+    return any(row.get("feedback") is not None for row in rows)
 
 
 def mean_and_std(values):
@@ -133,33 +170,60 @@ def mean_and_std(values):
     return values.mean().item(), max(values.std(unbiased=False).item(), 1e-6)
 
 
-def batch_loss(model, rows, config):
-    """(loss, stats) of a list of pairs or ratings; chosen and rejected go through the model as one batch."""
-    prompts = [row["prompt"] for row in rows]
-    pairs = "chosen" in rows[0]
-    responses = [row["chosen"] for row in rows] + [row["rejected"] for row in rows] if pairs else [row["response"] for row in rows]
-    inputs = model.encode(prompts * 2 if pairs else prompts, responses)
+def batch_loss(model, rows, config, feedback=True):
+    """(loss, {statistic: (mean, rows that it is over)}) of a list of pairs, ratings or both, with or without people's logits.
+
+    The loss is the mean over all rows. Chosen, rejected and rated responses go through the model as one batch.
+    """
+    pairs, ratings = [row for row in rows if "chosen" in row], [row for row in rows if "rating" in row]
+    prompts = [row["prompt"] for row in pairs * 2 + ratings]
+    responses = [row["chosen"] for row in pairs] + [row["rejected"] for row in pairs] + [row["response"] for row in ratings]
+    given = [None] * len(pairs) * 2 + [row.get("feedback") for row in ratings]
+    if model.training and has_feedback(ratings):
+        given = [None if drop else vector for vector, drop in zip(given, torch.rand(len(given)) < config.human_feedback_dropout)]
+    inputs = model.encode(prompts, responses)
     with autocast(model.device, config.precision):
-        scores = model(*(x.to(model.device) for x in inputs))
+        scores = model(*(x.to(model.device) for x in inputs), model.vectors(given) if feedback else None)
+    chosen, rejected, alone = scores.split([len(pairs), len(pairs), len(ratings)])
+    loss, stats = 0.0, {}
     if pairs:
-        return bradley_terry_loss(*scores.chunk(2), center_coef=config.center_coef)
-    return rating_loss(scores, torch.tensor([row["rating"] for row in rows], device=model.device))
+        part, found = bradley_terry_loss(chosen, rejected, center_coef=config.center_coef)
+        loss, stats = loss + part * len(pairs), stats | {name: (value, len(pairs)) for name, value in found.items()}
+    if ratings:
+        part, found = rating_loss(alone, torch.tensor([row["rating"] for row in ratings], device=model.device))
+        loss, stats = loss + part * len(ratings), stats | {name: (value, len(ratings)) for name, value in found.items()}
+    return loss / len(rows), stats
+
+
+def add(totals, stats):
+    """Add {statistic: (mean, rows)} to {statistic: (sum, rows)} in place."""
+    for name, (value, count) in stats.items():
+        total, before = totals.get(name, (0.0, 0))
+        totals[name] = total + value * count, before + count
+
+
+def means(totals):
+    return {name: total / count for name, (total, count) in totals.items()}
 
 
 @torch.no_grad()
 def validate(model, rows, config):
-    """{"eval/loss", "eval/accuracy", ...}: mean loss and, for pairs, the share in the right order, whole and by source."""
+    """{"eval/loss", "eval/accuracy", ...}: mean loss and, for pairs, the share in the right order, whole and by source.
+
+    Without people's logits, as rewards are asked for in use; error_with_feedback is with them.
+    """
     model.eval()
-    totals, count = {}, 0
+    totals, informed = {}, {}
     for start in range(0, len(rows), config.micro_batch_size):
         batch = rows[start:start + config.micro_batch_size]
-        loss, stats = batch_loss(model, batch, config)
-        for name, value in {"loss": loss.item(), **stats}.items():
-            totals[name] = totals.get(name, 0.0) + value * len(batch)
-        count += len(batch)
-    numbers = {f"eval/{name}": value / count for name, value in totals.items()}
+        loss, stats = batch_loss(model, batch, config, feedback=False)
+        add(totals, {"loss": (loss.item(), len(batch)), **stats})
+        if has_feedback(batch):
+            _, stats = batch_loss(model, [row for row in batch if row.get("feedback") is not None], config)
+            add(informed, {"error_with_feedback": stats["error"]})
+    numbers = {f"eval/{name}": value for name, value in means(totals | informed).items()}
     for source in sorted({row["source"] for row in rows if "source" in row}):
-        some = [row for row in rows if row["source"] == source]
+        some = [row for row in rows if row.get("source") == source]
         gaps = (model.score([row["prompt"] for row in some], [row["chosen"] for row in some])
                 - model.score([row["prompt"] for row in some], [row["rejected"] for row in some]))
         numbers[f"eval/accuracy_{source}"] = (gaps > 0).float().mean().item()
@@ -175,20 +239,22 @@ def train(config):
     if not config.model and policy is None:
         raise InputError(f"--model is empty and there is no {Path(config.out).parent / 'sft'} to start from: run train_sft.py first, "
                          "or name a backbone with --model")
-    if checkpoint:
-        model = RewardModel.from_pretrained(checkpoint).to(device)
-    else:
-        model = RewardModel.from_pretrained(config.model or config.policy or Path(config.out).parent / "sft", new_head=True,
-                                            template=config.template).to(device)
     train_rows, held_out = examples(splits, policy, tokenizer, config, checkpoint)
     if not train_rows or not held_out:
         raise InputError("there are no training or no validation pairs: every sample matches its reference; raise --samples or --mutations")
-    print(f"data: {splits.source}; {len(train_rows)} training and {len(held_out)} validation "
-          f"{'pairs' if 'chosen' in train_rows[0] else 'ratings'}")
+    if checkpoint:
+        model = RewardModel.from_pretrained(checkpoint).to(device)
+    else:
+        model = RewardModel.from_pretrained(config.model or config.policy or Path(config.out).parent / "sft", config.head, config.template,
+                                            human_feedback_dim=config.human_feedback_dim if has_feedback(train_rows) else 0,
+                                            human_feedback_weight=config.human_feedback_weight).to(device)
+    pairs = [[row for row in rows if "chosen" in row] for rows in (train_rows, held_out)]
+    print(f"data: {splits.source}{f' and {config.ratings}' if config.ratings else ''}; {len(pairs[0])} pairs and "
+          f"{len(train_rows) - len(pairs[0])} ratings to train on, {len(pairs[1])} and {len(held_out) - len(pairs[1])} for validation")
 
     run = Run(config, checkpoint)
-    if "chosen" in train_rows[0]:
-        for name, rows in zip(PAIR_FILES, (train_rows, held_out)):
+    if pairs[0]:
+        for name, rows in zip(PAIR_FILES, pairs):
             write_pairs(run.folder / name, rows)
     total_steps = config.epochs * -(-len(train_rows) // config.batch_size)
     warmup_steps = int(config.warmup * total_steps)
@@ -207,19 +273,19 @@ def train(config):
         batches = epoch_batches(lengths, config.batch_size, config.epochs, config.seed, done=step)
         for step, epoch, batch, epoch_ends in run.until_stalled(batches, config.patience):
             model.train()
-            loss_sum, sums = 0.0, {}
+            loss_sum, totals = 0.0, {}
             for start in range(0, len(batch), config.micro_batch_size):
                 rows = [train_rows[i] for i in batch[start:start + config.micro_batch_size]]
                 loss, stats = batch_loss(model, rows, config)
                 share = len(rows) / len(batch)
                 (loss * share).backward()
                 loss_sum += loss.item() * share
-                sums = {name: sums.get(name, 0.0) + value * share for name, value in stats.items()}
+                add(totals, stats)
             rate = set_lr(optimizer, lr * linear_decay(step, total_steps, warmup_steps))
             grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step, [train_rows[i]["id"] for i in batch])
-            run.log(step, {"loss": loss_sum, **sums, "lr": rate, "grad_norm": grad_norm, "epoch": epoch})
+            run.log(step, {"loss": loss_sum, **means(totals), "lr": rate, "grad_norm": grad_norm, "epoch": epoch})
             bar.update()
-            bar.set_postfix(loss=f"{loss_sum:.3f}", **{name: f"{value:.2f}" for name, value in sums.items()}, refresh=False)
+            bar.set_postfix(loss=f"{loss_sum:.3f}", **{name: f"{value:.2f}" for name, value in means(totals).items()}, refresh=False)
             if epoch_ends:
                 evaluate(step, epoch)
             run.end_step(step, model.save_pretrained, optimizer)
@@ -235,9 +301,9 @@ def train(config):
     run.finish(model.save_pretrained, validation=numbers, best_step=run.best_step, steps=step, gain=model.gain, bias=model.bias,
                train_rows=len(train_rows), validation_rows=len(held_out), leakage=leakage)
     plot_reward(run.folder)
-    shown = f"held-out pair accuracy {numbers['eval/accuracy']:.3f}" if "eval/accuracy" in numbers else \
-        f"held-out mean absolute error {numbers['eval/error']:.3f} standard deviations"
-    print(f"{run.folder}/final is step {run.best_step}: {shown}; gain {model.gain:.3f}, bias {model.bias:.3f}; {run.seconds():.0f} s")
+    shown = [f"held-out pair accuracy {numbers['eval/accuracy']:.3f}"] if "eval/accuracy" in numbers else []
+    shown += [f"held-out mean absolute error {numbers['eval/error']:.3f} standard deviations"] if "eval/error" in numbers else []
+    print(f"{run.folder}/final is step {run.best_step}: {', '.join(shown)}; gain {model.gain:.3f}, bias {model.bias:.3f}; {run.seconds():.0f} s")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ training, because the official CoNaLa split has such rows (`len(s)`).
 """
 
 import argparse
+import ast
 import codecs
 import csv
 import hashlib
@@ -336,6 +337,10 @@ def _checks(name, value, where):
         setup, expected = (check.get("setup"), check.get("value")) if isinstance(check, dict) else (None, None)
         if not isinstance(setup, str) or not isinstance(expected, str):
             raise InputError(f"{where}: {name!r} holds {_show(check)}; write {{'setup': source text, 'value': text}}")
+        try:
+            ast.literal_eval(expected)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise InputError(f"{where}: {name!r}: the value {_show(expected)} is no literal, such as [1, 'a']: write repr(value)") from None
     return checks
 
 

@@ -3,16 +3,21 @@
 Every number here is the mean of a per-row value (BLEU, a corpus figure, aside), so that bootstrap intervals and paired
 comparisons are those of the rows.
 """
+import atexit
 import json
 from pathlib import Path
 
 import torch
 
 from nanorlhf import metrics
+from nanorlhf.config import asked
+from nanorlhf.errors import InputError
 from nanorlhf.metrics.bootstrap import paired_bootstrap
-from nanorlhf.reward import call_reward
+from nanorlhf.metrics.execution import run_checks
+from nanorlhf.reward import RewardModel, call_reward
 from nanorlhf.rollout import decode, generate, score_in_parts
 from nanorlhf.run import RunFailed, autocast
+from nanorlhf.sandbox import Sandbox
 from nanorlhf.sequences import encode_queries
 from nanorlhf.tokenizer import pad
 
@@ -61,17 +66,56 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
 
 
 def add_rewards(rows, reward):
-    """Add each row's learned reward in place. `reward` is any callable (prompts, responses, references) -> (B,) finite scores."""
+    """Add each row's reward in place, None where a sum of terms leaves the row out, and the terms of a sum as "reward/NAME".
+
+    `reward` is any callable (prompts, responses, references) -> (B,) scores.
+    """
     scores = call_reward(reward, *([row[name] for row in rows] for name in ("prompt", "response", "reference")))
-    check_finite(scores, rows)
-    for row, score in zip(rows, scores.tolist()):
-        row["reward"] = score
+    check_finite(scores, rows, left_out=getattr(reward, "leaves_out", False))
+    columns = {"reward": scores} | {f"reward/{name}": values for name, values in getattr(reward, "values", {}).items()}
+    for name, values in columns.items():
+        for row, value in zip(rows, values.tolist()):
+            row[name] = None if value != value else value
     return rows
 
 
-def check_finite(scores, rows, when="validation"):
-    """RunFailed, naming the first rows (Records or dicts), if a score (B,) is not finite."""
-    bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
+def add_execution(rows, records, box):
+    """Add to each row in place whether its response passes all of its record's checks: 1.0 or 0.0, None without checks or box."""
+    shares = [None] * len(rows) if box is None else run_checks(box, [row["response"] for row in rows], [r.checks for r in records])
+    for row, share in zip(rows, shares):
+        row["execution"] = None if share is None else float(share == 1)
+    return rows
+
+
+def open_sandbox(config, splits, needed=False):
+    """The sandbox that answers to these rows are run in; None, and the reason on the screen, where none can be or none is needed.
+
+    needed: whether a reward is taken from it; then what is missing is an InputError. It closes when the process ends.
+    """
+    if not any(record.checks for rows in splits.named().values() for record in rows[:1]):
+        if needed or asked(config, "sandbox", "sandbox_workers", "sandbox_timeout"):
+            raise InputError(f"--data {config.data} has no checks to run code on, as nano has: leave execution and --sandbox out")
+        return None
+    if config.sandbox == "off":
+        if needed:
+            raise InputError("--sandbox off runs no code, but --reward asks for execution: leave one of them out")
+        print("sandbox: off; execution is not measured")
+        return None
+    try:
+        box = Sandbox(config.sandbox_timeout, workers=config.sandbox_workers, mode=config.sandbox)
+    except InputError as error:
+        if needed or config.sandbox != "auto":
+            raise
+        print(f"execution is not measured: {error}")
+        return None
+    atexit.register(box.close)
+    print("sandbox: " + ", ".join(name for name, state in box.layers.items() if state))
+    return box
+
+
+def check_finite(scores, rows, when="validation", left_out=False):
+    """RunFailed, naming the first rows (Records or dicts), if a score (B,) is not finite; with `left_out` NaN may be."""
+    bad = torch.nonzero(~torch.isfinite(scores) & ~(scores.isnan() & left_out)).flatten().tolist()
     if bad:
         names = [str(row["id"] if isinstance(row, dict) else row.id) for row in (rows[i] for i in bad[:5])]
         raise RunFailed(f"{when}: the reward is not finite for {len(bad)} of {len(rows)} responses: rows {', '.join(names)}")
@@ -87,8 +131,10 @@ TEXT_METRICS = ("conala_bleu", "bleu", "rougeL", "codebleu", "ruby")
 
 
 def summary(rows):
-    """The numbers of one set of answers: reward, exact_match, length, ended, kl and TEXT_METRICS, each None where not known."""
-    numbers = {name: mean(rows, name) for name in ("reward", "exact_match", "length", "ended", "kl")}
+    """The numbers of one set of answers: reward and its terms, exact_match, execution, length, ended, kl and TEXT_METRICS, each None
+    where not known."""
+    terms = [name for name in (rows[0] if rows else ()) if name.startswith("reward/")]
+    numbers = {name: mean(rows, name) for name in ("reward", *terms, "exact_match", "execution", "length", "ended", "kl")}
     known = [row for row in rows if row["reference"] is not None]
     found = metrics.evaluate([row["response"] for row in known], [row["reference"] for row in known], TEXT_METRICS)
     return numbers | {name: found[name] for name in TEXT_METRICS}
@@ -99,7 +145,7 @@ def known(numbers):
     return {f"eval/{name.replace('ended', 'eos')}": value for name, value in numbers.items() if value is not None}
 
 
-def in_words(numbers, names=("reward", "exact_match", "conala_bleu", "kl", "length")):
+def in_words(numbers, names=("reward", "exact_match", "execution", "conala_bleu", "kl", "length")):
     """Some of the known numbers on one line."""
     return ", ".join(f"{name.replace('_', ' ')} {numbers[name]:.3f}" for name in names if numbers.get(name) is not None)
 
@@ -114,16 +160,17 @@ def compare(before, after, name, seed=0):
 
 
 # What the final table shows: per-row values first, their meaning beside them.
-ROWS = {"reward": "learned reward", "exact_match": "exact match (AST-equal)", "conala_bleu": "CoNaLa BLEU",
+ROWS = {"reward": "learned reward", "exact_match": "exact match (AST-equal)", "execution": "passes its checks",
+        "conala_bleu": "CoNaLa BLEU",
         "length": "response length, tokens", "kl": "KL to the SFT policy, nats", "ended": "ended with EOS"}
 
 
-def report(folder, models, tokenizer, splits, config, reward, reference):
+def report(folder, models, tokenizer, splits, config, reward, reference, box=None):
     """Answer the test splits with each model, print the table and five samples, and return everything for results.json.
 
     Args: folder, where every answer goes, as answers.jsonl; models, {name: GPT2}, the baseline first; reference, the GPT2
-        that KL is measured against.
-    Returns: {"test": {split: {"sampled" | "greedy": {name: numbers}, "gain": {metric: paired difference}}}, "samples": [...]}.
+        that KL is measured against; box, a Sandbox, for rows with checks.
+    Returns: {"test": {split: {"sampled" | "greedy": {name: numbers}, "gain": {metric: paired difference}}}, "samples": [...], "sandbox": its layers}.
     """
     results, samples = {}, []
     (folder / "answers.jsonl").unlink(missing_ok=True)  # of a report that was interrupted
@@ -132,17 +179,17 @@ def report(folder, models, tokenizer, splits, config, reward, reference):
         for mode, temperature in (("sampled", config.temperature), ("greedy", 0)):
             for name, model in models.items():
                 rows = answer(model, tokenizer, records, config, temperature, reference if mode == "sampled" else None, config.seed)
-                answers[mode, name] = add_rewards(rows, reward)
+                answers[mode, name] = add_execution(add_rewards(rows, reward), records, box)
                 write_answers(folder, split, mode, name, rows)
         results[split] = split_results(answers, list(models))
-        print(table(split, len(records), results[split]))
+        print(table(split, len(records), results[split], ROWS if isinstance(reward, RewardModel) else ROWS | {"reward": "reward"}))
         samples = samples or sample_answers(answers, list(models))
     print("\nFive prompts, greedy answers")
     for sample in samples:
         print("\n  " + sample["prompt"].replace("\n", "\n  "))
         for name in [*models, "reference"]:
             print(f"    {name:<10}" + str(sample[name]).replace("\n", "\n" + " " * 14))
-    return {"test": results, "samples": samples}
+    return {"test": results, "samples": samples, "sandbox": box.layers if box else None}
 
 
 def write_answers(folder, split, mode, name, rows, file_name="answers.jsonl"):
@@ -157,17 +204,17 @@ def split_results(answers, names):
     first, last = names[0], names[-1]
     found = {mode: {name: summary(answers[mode, name]) for name in names} for mode in ("sampled", "greedy")}
     found["gain"] = {mode: {metric: compare(answers[mode, first], answers[mode, last], metric) for metric in
-                            ("reward", "exact_match", "length", "ended")} for mode in ("sampled", "greedy")}
+                            ("reward", "exact_match", "execution", "length", "ended")} for mode in ("sampled", "greedy")}
     return found
 
 
-def table(split, count, results):
+def table(split, count, results, meanings=ROWS):
     """A Markdown table of one split: a row a metric, a column a model, the last column the paired gain."""
     names = list(results["sampled"])
     lines = [f"\n| {split}, {count} prompts | " + " | ".join(names) + f" | {names[-1]} - {names[0]} [95 %] |",
              "|---|" + "---:|" * (len(names) + 1)]
     for mode in ("sampled", "greedy"):
-        for metric, meaning in ROWS.items():
+        for metric, meaning in meanings.items():
             values = [results[mode][name].get(metric) for name in names]
             if any(value is None for value in values):
                 continue

@@ -39,6 +39,15 @@ class KernelOptions:
 
 
 @dataclass
+class SandboxOptions:
+    """Where generated code runs, to see whether it does what it should: rows with checks (nano has them) are judged so."""
+    sandbox: str = option("auto", "auto: run code where system calls can be walled off; require: only behind every wall; weak: behind "
+                          "what there is; off: run none", group="Sandbox", choices=("auto", "require", "weak", "off"))
+    sandbox_workers: int = option(2, "codes that run at once", at_least=1, at_most=256)
+    sandbox_timeout: float = option(1.0, "seconds a code may take", above=0)
+
+
+@dataclass
 class DataOptions:
     """What is trained on, and how a prompt becomes a query."""
     data: str = option("nano", "nano (embedded), conala, or a file or folder (see data/README.md)", group="Data", metavar="PATH")

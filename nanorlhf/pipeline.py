@@ -3,7 +3,7 @@
 A script that is not told where its policy or its reward model is looks for the folders `sft` and `reward` beside its own
 --out; `ensure` runs the scripts that make them, as a user would from the command line. What is there is reused, and said so.
 
-    python -m nanorlhf.pipeline                  # SFT, reward model, PPO and DPO on three seeds -> docs/RESULTS.md
+    python -m nanorlhf.pipeline                  # SFT, reward model, PPO, DPO, PPO on execution, on three seeds -> docs/RESULTS.md
 """
 import json
 import os
@@ -16,10 +16,11 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
-from nanorlhf.config import option, parse
+from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import data_flags
+from nanorlhf.options import SandboxOptions, data_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,15 +36,17 @@ def ensure(script, folder, config, **options):
     folder = Path(folder)
     if options.get("policy") and Path(options["policy"]) == folder.parent / "sft":
         options["policy"] = ""  # the stage's own default, by another name
-    asked = {name: str(value) for name, value in options.items() if value}
+    given = {name: str(value) for name, value in options.items() if value}
     if (folder / "results.json").is_file():
         shared = {name: getattr(config, name) for name in
                   ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template")}
-        check_same(folder, shared | asked | {name: options[name] for name in options if name == "policy"})
+        check_same(folder, shared | given | {name: options[name] for name in options if name == "policy"})
         print(f"{folder}: finished already, reused")
         return
     words = [script, f"--out={folder}", f"--seed={config.seed}", f"--device={config.device}", f"--precision={config.precision}"]
-    words += data_flags(config) + [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+    words += data_flags(config) + [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    if script == "train_reward.py":
+        words += [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in SandboxOptions.__dataclass_fields__ if asked(config, name)]
     words += [f"--gpu={config.gpu}"] if config.gpu is not None else []
     words += [f"--preset={config.config_preset}"] if config.config_preset else []
     if folder.exists():
@@ -92,19 +95,31 @@ def check_policy(folder, config, *names):
 
 @dataclass
 class Config:
-    """SFT, reward model, PPO and DPO on the embedded data, on several seeds, and a report of all of them."""
+    """SFT, reward model, PPO, DPO, and PPO on execution, on the embedded data and several seeds, and a report of all of them."""
     seeds: list[int] = option([0, 1, 2], "seeds, each a job of its own", group="Report", at_least=0)
-    out: str = option("runs/seeds", "folder of the jobs: seed-N/sft, reward, ppo, dpo; finished ones are reused", metavar="FOLDER")
+    out: str = option("runs/seeds", "folder of the jobs: seed-N/sft, reward, ppo, dpo, ppo-execution; finished ones are reused", metavar="FOLDER")
     report: str = option("docs/RESULTS.md", "the Markdown file to write", metavar="FILE")
 
 
+class Stage(NamedTuple):
+    """A tuned policy: what the report calls it, what its results call it, and how it is made."""
+    name: str
+    model: str
+    script: str
+    options: list
+
+
+TUNED = {"ppo": Stage("PPO", "PPO", "train_ppo.py", []), "dpo": Stage("DPO", "DPO", "train_dpo.py", []),
+         "ppo-execution": Stage("PPO on execution", "PPO", "train_ppo.py", ["--reward", "execution"])}
+
+
 def job(folder, seed):
-    """One seed: train_ppo.py, which makes its own stages, then train_dpo.py from the same ones."""
-    for script, stage in (("train_ppo.py", "ppo"), ("train_dpo.py", "dpo")):
+    """One seed: train_ppo.py, which makes its own stages, then the others from the same ones."""
+    for stage, (_, _, script, options) in TUNED.items():
         if (folder / stage / "results.json").is_file():
             print(f"{folder / stage}: finished already, reused")
             continue
-        words = [script, f"--out={folder / stage}", f"--seed={seed}"]
+        words = [script, f"--out={folder / stage}", f"--seed={seed}", *options]
         words += ["--resume", "--overwrite"] if (folder / stage).exists() else []
         print(f"$ python {shlex.join(words)}", flush=True)
         started = time.perf_counter()
@@ -120,47 +135,51 @@ def read_answers(folder, stage, split, mode, model):
         return [row for row in map(json.loads, file) if (row["split"], row["mode"], row["model"]) == (split, mode, model)]
 
 
-POOLED = ("reward", "exact_match")
+POOLED = ("reward", "exact_match", "execution")
 
 
 def mean_over_seeds(answers):
     """One row a prompt: the mean over the seeds of each pooled metric. `answers`: a list of rows a seed, in one order."""
-    return [{metric: sum(row[metric] for row in rows) / len(rows) for metric in POOLED} for rows in zip(*answers)]
+    return [{metric: sum(row[metric] for row in rows) / len(rows) for metric in POOLED if rows[0].get(metric) is not None}
+            for rows in zip(*answers)]
 
 
 def report(folders):
     """The Markdown report of finished jobs, {seed: folder}."""
     from nanorlhf.evaluation import ROWS, compare  # torch, which the rest of this module does without
     results = {seed: {stage: json.loads((folder / stage / "results.json").read_text()) for stage in
-                      ("sft", "reward", "ppo", "dpo")} for seed, folder in folders.items()}
+                      ("sft", "reward", *TUNED)} for seed, folder in folders.items()}
     splits = list(next(iter(results.values()))["ppo"]["test"])
     lines = ["# Results of the default job", "",
-             f"SFT, reward model, PPO and DPO on the embedded data, from random weights, seeds {', '.join(map(str, folders))}. "
-             "Regenerated by `python -m nanorlhf.pipeline`.", "",
+             f"SFT, then PPO and DPO with a reward model's pairs, and PPO with `--reward execution`, on the embedded data, from random weights, "
+             f"seeds {', '.join(map(str, folders))}. Regenerated by `python -m nanorlhf.pipeline`. \"Passes its checks\" is execution: the "
+             "answer is run on each check of its row, and gives the reference's value every time. The reward of PPO on execution is the "
+             "share of checks passed, which is not shown as a learned reward.", "",
              f"{date.today()}, {platform.machine()} CPU, {os.cpu_count()} cores, Python {platform.python_version()}, torch {_torch_version()}."]
     for split in splits:
         for mode in ("sampled", "greedy"):
             lines += ["", f"## {split}, {mode}", "", "| seed | policy | " + " | ".join(ROWS.values()) + " |",
                       "|---|---|" + "---:|" * len(ROWS)]
             for seed, stages in results.items():
-                for name, stage in (("SFT", "ppo"), ("PPO", "ppo"), ("DPO", "dpo")):
-                    numbers = stages[stage]["test"][split][mode][name]
-                    shown = ["" if numbers.get(row) is None else f"{numbers[row]:.3f}" for row in ROWS]
+                for stage, (name, model, *_) in [("ppo", ("SFT", "SFT")), *TUNED.items()]:
+                    numbers = stages[stage]["test"][split][mode][model]
+                    shown = ["" if numbers.get(row) is None or row == "reward" and stage == "ppo-execution" else f"{numbers[row]:.3f}"
+                             for row in ROWS]
                     lines.append(f"| {seed} | {name} | " + " | ".join(shown) + " |")
             lines += ["", "Gain over SFT: the paired difference of each prompt, averaged over the seeds, with a bootstrap 95 % interval over "
                       "prompts. It speaks of other prompts, not of other seeds; the learned reward is each seed's own model's, in standard "
                       "deviations of its SFT policy's scores.", ""]
-            for name, stage in (("PPO", "ppo"), ("DPO", "dpo")):
+            for stage, (name, model, *_) in TUNED.items():
                 before = mean_over_seeds([read_answers(folder, stage, split, mode, "SFT") for folder in folders.values()])
-                after = mean_over_seeds([read_answers(folder, stage, split, mode, name) for folder in folders.values()])
-                gains = {metric: compare(before, after, metric) for metric in POOLED}
+                after = mean_over_seeds([read_answers(folder, stage, split, mode, model) for folder in folders.values()])
+                gains = {metric: compare(before, after, metric) for metric in POOLED if (metric, stage) != ("reward", "ppo-execution")}
                 lines.append(f"- {name}: " + ", ".join(f"{ROWS[metric]} {gain['difference']:+.3f} [{gain['low']:+.3f}, "
                                                        f"{gain['high']:+.3f}]" for metric, gain in gains.items()))
     lines += ["", "## Time and memory", "",
               "Seconds and peak resident memory (MB) of each stage; `job` is the wall time of `python train_ppo.py` from nothing.", "",
-              "| seed | SFT | reward | PPO | DPO | job | held-out pair accuracy |", "|---|---:|---:|---:|---:|---:|---:|"]
+              "| seed | SFT | reward | PPO | DPO | PPO on execution | job | held-out pair accuracy |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for seed, stages in results.items():
-        cells = [f"{stages[stage]['seconds']:.0f} s, {stages[stage]['peak_memory_mb']} MB" for stage in ("sft", "reward", "ppo", "dpo")]
+        cells = [f"{stages[stage]['seconds']:.0f} s, {stages[stage]['peak_memory_mb']} MB" for stage in ("sft", "reward", *TUNED)]
         seconds = folders[seed] / "ppo.seconds"
         cells += [seconds.read_text().strip() + " s" if seconds.exists() else "", f"{stages['reward']['validation']['eval/accuracy']:.3f}"]
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")

@@ -8,12 +8,14 @@ with a smooth line on top. A panel appears if any of its metrics was logged. Mat
 pyplot, so that importing this room costs little and no display is needed.
 """
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 
 from nanorlhf.errors import InputError
+from nanorlhf.monitor import GOLD, gold_metric
 
 # A panel is (title, definition, {metric: label}). What each metric means is said here, in the panel's second line.
 SFT = [
@@ -34,8 +36,10 @@ REWARD = [
 PPO = [
     ("Reward", "mean score of the responses", {"objective/score": "train", "eval/reward": "validation"}),
     ("Exact match", "share of answers equal as syntax trees", {"eval/exact_match": "validation"}),
+    ("Execution", "share of answers that pass their checks", {"eval/execution": "validation"}),
     ("CoNaLa BLEU", "official script, 0 to 100", {"eval/conala_bleu": "validation"}),
     ("KL to the reference", "nats a response", {"objective/kl": "train", "eval/kl": "validation"}),
+    ("Disagreement", "standard deviation over the ensemble's members", {"objective/disagreement": "train"}),
     ("Shaped reward", "mean score - kl_coef · KL", {"objective/rewards": "train"}),
     ("KL coefficient", "kl_coef, set by the controller", {"objective/kl_coef": "train"}),
     ("Response length", "tokens, EOS included", {"response/length": "train", "eval/length": "validation"}),
@@ -61,6 +65,7 @@ DPO = [
      {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
     ("Reward", "learned reward of answers", {"eval/reward": "validation"}),
     ("Exact match", "share of answers equal as syntax trees", {"eval/exact_match": "validation"}),
+    ("Execution", "share of answers that pass their checks", {"eval/execution": "validation"}),
     ("CoNaLa BLEU", "official script, 0 to 100", {"eval/conala_bleu": "validation"}),
     ("KL to the reference", "nats a response", {"eval/kl": "validation"}),
     ("Response length", "tokens, EOS included", {"eval/length": "validation"}),
@@ -93,7 +98,9 @@ def plot_reward(run_folder):
 
 def plot_ppo(run_folder):
     """Write plots/ppo.png of a run of train_ppo.py; returns its path."""
-    return _plot_run(run_folder, PPO, "ppo", "PPO")
+    names = sorted({name for row in read_log(Path(run_folder) / "metrics.jsonl") for name in row if name.startswith("reward/")})
+    terms = [("Term of the reward", name.removeprefix("reward/"), {name: "train", f"eval/{name}": "validation"}) for name in names]
+    return _plot_run(run_folder, PPO[:1] + terms + PPO[1:], "ppo", "PPO")
 
 
 def plot_dpo(run_folder):
@@ -335,6 +342,64 @@ def plot_training(run_folder, path):
     names = {name for row in rows for name in row}
     spec = PPO if "objective/kl" in names else DPO if "rewards/margin" in names else REWARD if "margin" in names else SFT
     return panels(rows, spec, Path(path), f"{run_folder}")
+
+
+# ---- Over-optimisation
+
+def plot_overoptimisation(run_folder, eval_rows=200):
+    """Write plots/overoptimisation.png of a run of train_ppo.py: learned and gold reward on validation against the KL.
+
+    Both are changes since the first evaluation; the axis is the square root of the KL, as in Gao et al. 2022, figure 1.
+    Where the first goes on rising and the second turns, the policy is over-optimised. Gold is the monitor's
+    (`gold_metric`, of so many rows). Returns the path; without two evaluations that have all three numbers it prints
+    so and returns None.
+    """
+    folder = Path(run_folder)
+    rows = read_log(folder / "metrics.jsonl")
+    found = {name: {step: value for step, value in zip(*series(rows, name)) if math.isfinite(value)}
+             for name in ("eval/kl", "eval/reward", *GOLD)}
+    gold = gold_metric([{name: value} for name in GOLD for value in found[name].values()], eval_rows)
+    steps = [step for step in found["eval/kl"] if gold and step in found["eval/reward"] and step in found[gold]]
+    if len(steps) < 2:
+        print(f"{folder}: no plot of over-optimisation: its log has no two evaluations with eval/reward, eval/kl and "
+              f"gold ({', '.join(GOLD)})")
+        return None
+    kl = [max(0.0, found["eval/kl"][step]) for step in steps]  # an estimate: it may be below 0
+    best = kl[max(range(len(steps)), key=lambda i: found[gold][steps[i]])]
+
+    def draw(axes, name):
+        values = [found[name][step] for step in steps]
+        colour, title = (BLUE, "Learned reward") if name == "eval/reward" else (VERMILLION, f"Gold: {GOLD[name]}")
+        _against_kl(axes, kl, [value - values[0] for value in values], steps, colour)
+        axes.axvline(best, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.set_title(title, fontsize=10.5, fontweight="bold", loc="left", pad=17)
+        axes.text(0, 1.035, f"change since step {steps[0]:g}, which had {values[0]:.3g}; numbers: steps; dashed: the "
+                  "best gold", transform=axes.transAxes, fontsize=8.5, color=GREY, va="bottom")
+    path = folder / "plots" / "overoptimisation.png"
+    return _grid(["eval/reward", gold], draw, path, f"Over-optimisation: {folder}", columns=1, row=3.1)
+
+
+def _against_kl(axes, kl, changes, steps, colour):
+    """Changes against KL in the order of steps, at most 13 of which are written: the last, and where there is room."""
+    axes.axhline(0, color=GREY, linewidth=0.9, zorder=1)
+    axes.plot(kl, changes, "-", color=colour, linewidth=1, alpha=0.45)
+    axes.scatter(kl, changes, s=26, color=colour, zorder=4, clip_on=False)
+    every, room, taken = -(-len(steps) // 13), 0.03 * math.sqrt(max(kl)), []
+    written = list(zip(np.sqrt(kl), changes, steps))[::-every]
+    for x, y, step in written:
+        highest = max((other_y, other) for other_x, other_y, other in written if abs(other_x - x) <= room)
+        sides = ("bottom", "top") if highest == (y, step) else ("top", "bottom")  # text above the highest, below others
+        free = [side for side in sides if not any(side == other and abs(at - x) <= room for at, other in taken)]
+        if free:
+            taken.append((x, free[0]))
+            axes.annotate(f"{step:g}", (x * x, y), textcoords="offset points",
+                          xytext=(0, 6 if free[0] == "bottom" else -6), fontsize=8, color=INK, va=free[0], ha="center",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8})
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes.set_xlim(0, 1.06 * max(kl) or 1)
+    axes.margins(y=0.2)
+    axes.set_xlabel("KL to the reference, nats a response (square-root scale)")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.4g}".replace("-", "−") if value else "0")
 
 
 def _grid(items, draw, path, title, columns=3, row=2.6, legend=False):

@@ -1,27 +1,28 @@
-"""Rewards: models that score a response, ensembles of them, and any function of the user's.
+"""Reward models, and ensembles of rewards.
 
-A reward is a callable: reward(prompts, responses, references) -> (B,) scores. `load_reward` makes one from what the
-command line says. Reward models read text, not token ids: their tokenizer and backbone are their own, whatever the policy's.
+A reward is a callable: reward(prompts, responses, references) -> (B,) scores. Models are one kind; rules, execution, sums and
+functions of the user's are in terms.py, which makes a reward from what the command line says. Reward models read text, not
+token ids: their tokenizer and backbone are their own, whatever the policy's.
 """
-import importlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nanorlhf import encoder as encoders
 from nanorlhf import hf
 from nanorlhf.data import format_query
 from nanorlhf.encoder import Encoder, EncoderConfig
-from nanorlhf.errors import InputError, naming, nearest
+from nanorlhf.errors import InputError, naming
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.sequences import join
 from nanorlhf.tokenizer import Tokenizer
 
 SETTINGS = "reward_model.json"
+HEADS = ("native", "linear", "mlp")
 
 
 class LastToken(nn.Module):
@@ -33,8 +34,34 @@ class LastToken(nn.Module):
         nn.init.normal_(self.score.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020, appendix B.1
 
     def forward(self, hidden, attention_mask):
-        last = attention_mask.sum(1) - 1  # (B,) right-padded: the column of the last real token
-        return self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])  # (B, 1)
+        return self.score(last_token(hidden, attention_mask))  # (B, 1)
+
+
+class OwnHead(nn.Module):
+    """A head that no family has, on the pooled state (B, C): "linear" is one layer, "mlp" is three,
+
+        Linear - ReLU - Dropout - Linear - ReLU - Dropout - Linear
+
+    The last layer starts as `LastToken`'s does. pool: `last_token` or `encoder.first_token`.
+    """
+
+    def __init__(self, kind, width, pool, dropout=0.1):
+        super().__init__()
+        self.kind, self.pool = kind, pool
+        layers = []
+        for _ in range(2 if kind == "mlp" else 0):
+            layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout)]
+        self.reward_head = nn.Sequential(*layers, nn.Linear(width, 1))
+        nn.init.normal_(self.reward_head[-1].weight, std=(width + 1) ** -0.5)
+        nn.init.zeros_(self.reward_head[-1].bias)
+
+    def forward(self, hidden, attention_mask):
+        return self.reward_head(self.pool(hidden, attention_mask))  # (B, 1)
+
+
+def last_token(hidden, attention_mask):
+    """The state (B, C) of the last real token of right-padded rows."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
 
 
 class RewardModel(nn.Module):
@@ -47,11 +74,21 @@ class RewardModel(nn.Module):
 
     gain and bias are set after training, so that the scores of the SFT policy's samples have mean 0 and variance 1
     (`normalise`): a KL coefficient then means the same for every reward model.
+
+    People's logits: a record of feedback may carry a vector f (D,), such as a rater's logits over answers to a questionnaire. A model
+    made for them (`human_feedback_dim` = D) adds it to the state that the head reads,
+
+        pooled + human_feedback_weight * P f                                 P: (C, D), learned
+
+    and without a vector adds nothing. Trained with vectors dropped at random (train_reward.py), it scores well either way.
+    Other heads than the family's own: see `OwnHead`. Their folders load in transformers as the bare backbone.
     """
 
-    def __init__(self, backbone, head, tokenizer, template="{prompt}\n", max_length=None):
+    def __init__(self, backbone, head, tokenizer, template="{prompt}\n", max_length=None, human_feedback_dim=0, human_feedback_weight=0.3):
         super().__init__()
         self.backbone, self.head, self.tokenizer, self.template = backbone, head, tokenizer, template
+        self.human_feedback = nn.Linear(human_feedback_dim, self.width, bias=False) if human_feedback_dim else None
+        self.human_feedback_weight = human_feedback_weight
         longest = backbone.config.n_positions if isinstance(backbone, GPT2) else backbone.config.max_tokens
         self.max_length = min(max_length or longest, longest)
         self.gain, self.bias = 1.0, 0.0
@@ -60,6 +97,11 @@ class RewardModel(nn.Module):
     @property
     def device(self):
         return next(self.parameters()).device
+
+    @property
+    def human_feedback_dim(self):
+        """D of the vectors it takes; 0: it takes none."""
+        return self.human_feedback.in_features if self.human_feedback else 0
 
     @property
     def width(self):
@@ -87,17 +129,36 @@ class RewardModel(nn.Module):
         self.cut += cut
         return inputs
 
-    def forward(self, ids, attention_mask, segments):
-        """Raw scores (B,), float32, before gain and bias; gradient flows."""
-        hidden = (self.backbone.hidden(ids, attention_mask) if isinstance(self.backbone, GPT2) else
-                  self.backbone(ids, attention_mask, segments))  # (B, T, C)
+    def forward(self, ids, attention_mask, segments, feedback=None):
+        """Raw scores (B,), float32, before gain and bias; gradient flows. feedback: (B, D), zeros where a row has none; or None."""
+        gpt2 = isinstance(self.backbone, GPT2)
+        hidden = self.backbone.hidden(ids, attention_mask) if gpt2 else self.backbone(ids, attention_mask, segments)  # (B, T, C)
+        if feedback is not None:
+            read = attention_mask.sum(1) - 1 if gpt2 else attention_mask.long().argmax(1)  # (B,) the column that the head reads
+            column = F.one_hot(read, hidden.shape[1])[:, :, None]  # (B, T, 1)
+            hidden = hidden + self.human_feedback_weight * column * self.human_feedback(feedback)[:, None]
         return self.head(hidden, attention_mask).squeeze(1).float()
 
+    def vectors(self, feedback):
+        """People's vectors, a list of lists or None, as (B, D), zeros for None; None if nobody gave one."""
+        if all(vector is None for vector in feedback):
+            return None
+        for vector in feedback:
+            if vector is not None and len(vector) != self.human_feedback_dim:
+                raise InputError(f"a vector of feedback has {len(vector)} numbers, this reward model takes {self.human_feedback_dim}" +
+                                 ("" if self.human_feedback else ": it was trained without any"))
+        empty = [0.0] * self.human_feedback_dim
+        return torch.tensor([empty if vector is None else vector for vector in feedback], device=self.device)
+
     @torch.no_grad()
-    def score(self, prompts, responses, batch_size=128):
-        """Scores of responses to prompts, lists of B texts -> (B,) float32. Rows of similar length are scored together."""
+    def score(self, prompts, responses, batch_size=128, feedback=None):
+        """Scores of responses to prompts, lists of B texts -> (B,) float32. Rows of similar length are scored together.
+
+        feedback: for each row people's vector (D,) or None; without it no row has one.
+        """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
+        feedback = [None] * len(prompts) if feedback is None else feedback
         was_training = self.training
         self.eval()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
@@ -105,7 +166,7 @@ class RewardModel(nn.Module):
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             inputs = self.encode([prompts[i] for i in rows], [responses[i] for i in rows])
-            scores[rows] = self(*(x.to(self.device) for x in inputs))
+            scores[rows] = self(*(x.to(self.device) for x in inputs), self.vectors([feedback[i] for i in rows]))
         self.train(was_training)
         return self.gain * scores + self.bias
 
@@ -126,51 +187,70 @@ class RewardModel(nn.Module):
         self.bias = -raw.mean().item() * self.gain
 
     @classmethod
-    def from_pretrained(cls, folder_or_name, new_head=False, template=None, max_length=None):
+    def from_pretrained(cls, folder_or_name, new_head=None, template=None, max_length=None, human_feedback_dim=0, human_feedback_weight=0.3):
         """A reward model from a folder; with `new_head`, a fresh head on the folder's language model or encoder.
 
+        Args: new_head: "native", the family's own; "linear" or "mlp", see `OwnHead`. human_feedback_dim and _weight: of a new
+            head; a folder that holds a head knows its own.
         Without `new_head` a folder that holds no head is an InputError: it is not a reward model.
         """
         folder = hf.resolve(folder_or_name)
         settings = hf.read_config(folder)
         hf.check_model_type(settings, ("gpt2", "roberta", "bert"), folder)
         stored = _read_settings(folder / SETTINGS)
-        build = _build_gpt2 if hf.is_model_type(settings, "gpt2") else _build_encoder
-        backbone, head = build(folder, settings, new_head)
+        backbone, rest = _build_gpt2(folder, settings) if hf.is_model_type(settings, "gpt2") else _build_encoder(folder, settings)
+        if new_head:
+            head, own = _new_head(backbone, new_head), {}
+        else:
+            own = {name: rest.pop(name) for name in list(rest) if name.startswith("human_feedback.")}
+            head = _read_head(backbone, stored.get("head", "native"), rest, folder)
+            human_feedback_dim, human_feedback_weight = stored.get("human_feedback_dim", 0), stored.get("human_feedback_weight", 0.3)
         model = cls(backbone, head, Tokenizer.from_pretrained(folder), template or stored.get("template", "{prompt}\n"),
-                    max_length or stored.get("max_length"))
+                    max_length or stored.get("max_length"), human_feedback_dim, human_feedback_weight)
         model.tokenizer.check_fits(backbone.config.vocab_size, folder)
         if not new_head:
+            if human_feedback_dim:
+                hf.load_into(model.human_feedback, {name.removeprefix("human_feedback."): tensor for name, tensor in own.items()}, folder)
             model.gain, model.bias = stored.get("gain", 1.0), stored.get("bias", 0.0)
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Write weights, config, tokenizer and reward_model.json; AutoModelForSequenceClassification gives the raw score."""
+        """Write weights, config, tokenizer and reward_model.json.
+
+        With the family's own head, AutoModelForSequenceClassification gives the raw score (of a row without feedback).
+        """
         config, tensors = self._to_state()
         hf.write(folder, tensors, config)
         self.tokenizer.save_pretrained(folder)
-        settings = {"gain": self.gain, "bias": self.bias, "template": self.template, "max_length": self.max_length}
+        settings = {"gain": self.gain, "bias": self.bias, "template": self.template, "max_length": self.max_length,
+                    "head": getattr(self.head, "kind", "native"), "human_feedback_dim": self.human_feedback_dim,
+                    "human_feedback_weight": self.human_feedback_weight}
         (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
     def _to_state(self):
         """(config.json's dict, tensors under transformers' names)."""
-        one_label = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-        if not isinstance(self.backbone, GPT2):
-            config = self.backbone.config.to_dict("ForSequenceClassification")
-            return config | one_label, encoders.classifier_state(self.backbone, self.head)
-        # transformers looks for the last token that is not padding: with pad == eos it would stop before our EOS
-        pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id != self.tokenizer.eos_id else None
-        config = {**self.backbone.config.to_dict(), "architectures": ["GPT2ForSequenceClassification"],
-                  "pad_token_id": pad_id, "tie_word_embeddings": True}  # there is no head to untie
+        gpt2, native = isinstance(self.backbone, GPT2), not isinstance(self.head, OwnHead)
+        kind = "ForSequenceClassification" if native else "Model"
+        config = {**self.backbone.config.to_dict(), "architectures": ["GPT2" + kind]} if gpt2 else self.backbone.config.to_dict(kind)
+        if native:
+            config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
         tensors = {name: tensor for name, tensor in self.backbone.to_state().items() if not name.startswith("lm_head.")}
-        return config | one_label, tensors | self.head.state_dict()
+        if gpt2:
+            # transformers looks for the last token that is not padding: with pad == eos it would stop before our EOS
+            pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id != self.tokenizer.eos_id else None
+            config |= {"pad_token_id": pad_id, "tie_word_embeddings": True}  # there is no head to untie
+        tensors |= encoders.classifier_state(self.backbone, self.head) if native and not gpt2 else self.head.state_dict()
+        if self.human_feedback:
+            tensors["human_feedback.weight"] = self.human_feedback.weight
+        return config, tensors
 
 
 def _read_settings(path):
-    """What reward_model.json says of gain, bias, template and max_length; {} where there is no such file."""
+    """What reward_model.json says; {} where there is no such file."""
     stored = hf.read_json(path) if path.is_file() else {}
     sound = {"gain": _is_finite, "bias": _is_finite, "template": lambda value: isinstance(value, str) and "{prompt}" in value,
-             "max_length": lambda value: value is None or type(value) is int and value > 0}
+             "max_length": lambda value: value is None or type(value) is int and value > 0, "head": lambda value: value in HEADS,
+             "human_feedback_dim": lambda value: type(value) is int and 0 <= value < 1 << 16, "human_feedback_weight": _is_finite}
     for name, is_sound in sound.items():
         if name in stored and not is_sound(stored[name]):
             raise InputError(f"{path}: {name} is {repr(stored[name])[:60]}, which it cannot be: mend it, or train the model again")
@@ -181,32 +261,47 @@ def _is_finite(value):
     return type(value) in (int, float) and abs(value) < 1e30
 
 
-def _build_gpt2(folder, settings, new_head):
-    """(GPT2, LastToken) from a folder."""
+def _build_gpt2(folder, settings):
+    """(GPT2, the tensors that are not its own) from a folder."""
     tensors = hf.read_weights(folder)
     if "lm_head.weight" not in tensors:  # a classifier: nothing to untie, whatever its config says
         settings = {**settings, "tie_word_embeddings": True}
     with naming(folder / "config.json"):
         config = GPT2Config.from_dict(settings)
-    backbone, rest = GPT2.from_state(config, tensors, folder)
-    head = LastToken(backbone.config.n_embd)
-    if not new_head:
-        if "score.weight" not in rest:
-            raise InputError(f"{folder} has no classification head (no tensor score.weight): it is a language model, not a reward "
-                             f"model; train one with: python train_reward.py --model {folder}")
-        hf.load_into(head, rest, folder)
-    return backbone, head
+    return GPT2.from_state(config, tensors, folder)
 
 
-def _build_encoder(folder, settings, new_head):
-    """(Encoder, the head of its family's sequence classifier) from a folder."""
+def _build_encoder(folder, settings):
+    """(Encoder, the tensors that are not its own) from a folder."""
     with naming(folder / "config.json"):
         config = EncoderConfig.from_dict(settings)
-    backbone, rest = Encoder.from_state(config, hf.read_weights(folder), folder)
-    head = encoders.new_head(backbone.config) if new_head else encoders.read_head(backbone.config, rest, folder)
-    if sum(p.shape[0] for name, p in head.named_parameters() if name.endswith(("classifier.bias", "out_proj.bias"))) != 1:
-        raise InputError(f"{folder} classifies into several labels; a reward model has one: train one with train_reward.py")
-    return backbone, head
+    return Encoder.from_state(config, hf.read_weights(folder), folder)
+
+
+def _new_head(backbone, kind):
+    """A fresh head of one of HEADS, in eval mode."""
+    gpt2 = isinstance(backbone, GPT2)
+    width = backbone.config.n_embd if gpt2 else backbone.config.hidden_size
+    if kind != "native":
+        return OwnHead(kind, width, last_token if gpt2 else encoders.first_token).eval()
+    return LastToken(width) if gpt2 else encoders.new_head(backbone.config)
+
+
+def _read_head(backbone, kind, rest, folder):
+    """The head that a folder's remaining tensors hold."""
+    if kind == "native" and not isinstance(backbone, GPT2):
+        head = encoders.read_head(backbone.config, rest, folder)
+        if sum(p.shape[0] for name, p in head.named_parameters() if name.endswith(("classifier.bias", "out_proj.bias"))) != 1:
+            raise InputError(f"{folder} classifies into several labels; a reward model has one: train one with train_reward.py")
+        return head
+    head = _new_head(backbone, kind)
+    if kind == "native" and "score.weight" not in rest:
+        raise InputError(f"{folder} has no classification head (no tensor score.weight): it is a language model, not a reward "
+                         f"model; train one with: python train_reward.py --model {folder}")
+    if kind != "native" and not any(name.startswith("reward_head.") for name in rest):
+        raise InputError(f"{folder} has no tensors reward_head.*, the head that its {SETTINGS} speaks of: get the folder again, whole")
+    hf.load_into(head, rest, folder)
+    return head
 
 
 class RewardEnsemble:
@@ -232,6 +327,11 @@ class RewardEnsemble:
             return scores.min(0).values
         return scores.mean(0) - (self.disagreement if self.combine == "mean-std" else 0)
 
+    @property
+    def leaves_out(self):
+        """Whether a score may be NaN, which leaves its row out of the update."""
+        return any(getattr(reward, "leaves_out", False) for reward in self.rewards)
+
     def score(self, prompts, responses):
         """Scores (B,) without references."""
         return self(prompts, responses, [None] * len(prompts))
@@ -248,39 +348,3 @@ def call_reward(reward, prompts, responses, references=None):
     if len(scores) != len(prompts):
         raise InputError(f"the reward {name} returned {len(scores)} scores for {len(prompts)} responses; it must return one a response")
     return scores
-
-
-def load_reward(specs, combine="mean", device="cpu"):
-    """The reward that --reward names: a folder, several folders (an ensemble), or module:function.
-
-    Args: specs, a list of strings; combine, how an ensemble combines; device, where models go.
-    """
-    rewards = [_function(spec) if _is_function(spec) else RewardModel.from_pretrained(spec).to(device) for spec in specs]
-    return rewards[0] if len(rewards) == 1 else RewardEnsemble(rewards, combine)
-
-
-def _is_function(spec):
-    return ":" in spec and not os.path.exists(spec)
-
-
-def _function(spec):
-    """module:function -> the function; the module is looked for in the working directory too."""
-    module_name, _, name = spec.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
-        raise InputError(f"--reward {spec}: neither a folder nor module:function, such as my_rewards:length")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise InputError(f"--reward {spec}: no module {error.name!r}; it is looked for in {os.getcwd()} and on the Python path") \
-            from None
-    except SyntaxError as error:
-        raise InputError(f"--reward {spec}: {error.filename}:{error.lineno}: {error.msg}; mend it there") from None
-    finally:
-        sys.path.pop(0)
-    function = getattr(module, name, None)
-    if not callable(function):
-        near = nearest(name, dir(module), cutoff=0.7)
-        raise InputError(f"--reward {spec}: {module_name} has no function {name!r}; " +
-                         (f"did you mean {near}?" if near else "name one that it defines"))
-    return function

@@ -1,4 +1,5 @@
-"""How a run is doing, from outside and while it goes on: progress, time left, latest numbers, the health of its checkpoints.
+"""How a run is doing, from outside and while it goes on: progress, time left, latest numbers, alarms, the health of its
+checkpoints.
 
     python -m nanorlhf.status runs/ppo
 
@@ -55,7 +56,7 @@ def status(folder):
     rows, finished, running = read_log(folder), (folder / "results.json").is_file(), in_use(folder)
     state = "finished" if finished else "running" if running else "stopped before its end: the same command with --resume goes on"
     lines = [f"{folder}: {state}"]
-    steps = [row for row in rows if not any(name.startswith("eval/") for name in row)]
+    steps = [row for row in rows if "alarm" not in row and not any(name.startswith("eval/") for name in row)]
     evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
     if steps:
         lines += progress(folder, steps[-1], running)
@@ -63,6 +64,7 @@ def status(folder):
     if evaluations:
         shown = [name for name in evaluations[-1] if name.startswith("eval/")]
         lines.append(f"latest evaluation, step {evaluations[-1]['step']}: {numbers(evaluations[-1], shown)}")
+    lines += [f"ALARM {row['message']}" for row in rows if "alarm" in row][-5:]
     return lines + checkpoints(folder), 0 if finished or running else 1
 
 

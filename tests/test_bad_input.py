@@ -441,8 +441,18 @@ bad("half the pairs assumed wrong", {}, "train_dpo --loss-type robust --label-sm
 bad("sums for another loss than IPO", {}, "train_dpo --ipo-sum", "--ipo-sum goes with --loss-type ipo, not sigmoid")
 bad("samples for pairs that are there", {}, "train_reward --samples 3", "--samples: for pairs made from references",
     "leave out")
-bad("centring for ratings", {}, "train_reward --data ratings.jsonl --center-coef 0.5", "--center-coef is for pairs",
+bad("greedy samples", {}, "eval --samples 5", "--samples 5: greedy answers are all the same", "--temperature above 0")
+bad("samples that cannot be run", {}, "eval --samples 5 --temperature 1", "--samples 5: pass@k needs rows with checks",
     "leave it out")
+bad("a wall around nothing", {}, "train_ppo train_dpo eval --sandbox require", "has no checks to run code on",
+    "leave execution and --sandbox out")
+bad("a penalty of nothing to raise", {}, "train_ppo --on-alarm raise-kl --kl-coef 0", "--on-alarm raise-kl multiplies kl_coef",
+    "--kl-coef above 0")
+bad("people's logits that nobody gave", {}, "train_reward --human-feedback-weight 1", "no rated row has any", "leave them out")
+bad("ratings beside ratings", {}, "train_reward --data ratings.jsonl --ratings ratings.jsonl", "--ratings adds rated responses to pairs",
+    "put them into one file")
+bad("centring for ratings", {}, "train_reward --data ratings.jsonl --center-coef 0.5", "--center-coef: for pairs",
+    "leave out")
 bad("another template than the run's", {}, "train_ppo train_dpo --policy other-run",
     "other-run was made with template = 'Q: {prompt}\\n'", "ask for the same")
 bad("another template than the sampled run's", {}, "train_reward --data data.jsonl --policy other-run",
@@ -664,6 +674,20 @@ bad("a reward_model.json that is no JSON", {"reward/reward_model.json": "{gain"}
     "reward/reward_model.json is not valid JSON")
 bad("a gain of NaN", {"reward/reward_model.json": merge(gain=float("nan"))}, "train_ppo --reward reward",
     "reward/reward_model.json: gain is nan", "train the model again")
+bad("a head of an unknown kind", {"reward/reward_model.json": merge(head="deep")}, "train_ppo --reward reward",
+    "reward/reward_model.json: head is 'deep'", "train the model again")
+bad("a head that is not in the file", {"reward/reward_model.json": merge(head="mlp")}, "train_ppo eval --reward reward",
+    "reward has no tensors reward_head.*", "get the folder again")
+bad("a term misspelt", {}, "train_ppo train_dpo eval --reward syntx", "no folder and no term of that name", "did you mean syntax?")
+bad("a sum with a weight that is no number", {}, "train_ppo eval --reward 0.1.2*syntax", "'0.1.2' is no number", "0.3*execution")
+bad("a sum that names a term twice", {}, "train_ppo eval --reward 'syntax + 2*syntax'", "syntax is there twice", "add up")
+bad("a sum without spaces", {}, "train_ppo --reward 2*syntax+3*length", "is no term", "a space on either side of + and -")
+bad("execution without checks", {}, "train_ppo train_dpo eval --reward execution", "has no checks to run code on",
+    "leave execution and --sandbox out")
+bad("a check whose value is no literal", {"rows.jsonl": [{"intent": "i", "snippet": "1", "checks": [{"setup": "", "value": "f(1)"}]}]},
+    "train_sft --data rows.jsonl", "rows.jsonl:1: 'checks'", "is no literal", "write repr(value)")
+bad("logits of another length", {"rows.jsonl": [row(prompt=f"p {n}", response=f"r {n}", logits=[1, 2]) for n in range(20)]},
+    "train_reward --data rows.jsonl", "are 2 numbers, not 64", "--human-feedback-dim 2")
 bad("a module that is not there", {}, "train_ppo eval --reward no_such_module_zq:f",
     "--reward no_such_module_zq:f: no module 'no_such_module_zq'", "looked for in")
 bad("a function that is not there", {}, "train_ppo eval --reward json:load_all",

@@ -14,7 +14,8 @@ from nanorlhf import encoder as encoders
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.reward import LastToken, RewardEnsemble, RewardModel, call_reward, load_reward
+from nanorlhf.reward import LastToken, RewardEnsemble, RewardModel, call_reward
+from nanorlhf.terms import load_reward
 from nanorlhf.tokenizer import Tokenizer
 
 FAMILIES = ("gpt2", "roberta", "bert")
@@ -49,7 +50,7 @@ def shake(model, scale=0.2):
 
 def ours(family, folder, seed=0, **changes):
     """A RewardModel of ours with every parameter random and dropout that would show."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(family, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": family}))  # tells the tokenizer its family
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -162,7 +163,7 @@ def test_each_backbone_has_its_head(tmp_path):
     heads = {"gpt2": LastToken, "roberta": encoders.RobertaHead, "bert": encoders.BertPoolerHead}
     for family, kind in heads.items():
         ours(family, tmp_path / family).backbone.save_pretrained(tmp_path / family)
-        first, second = (RewardModel.from_pretrained(tmp_path / family, new_head=True) for _ in range(2))
+        first, second = (RewardModel.from_pretrained(tmp_path / family, new_head="native") for _ in range(2))
         assert type(first.head) is kind
         assert any(not torch.equal(a, b) for a, b in zip(first.head.parameters(), second.head.parameters()))
 
@@ -319,7 +320,7 @@ def test_a_new_head_starts_without_gain_and_bias(tmp_path):
     model = ours("gpt2", tmp_path / "tokenizer")
     model.gain, model.bias = 2.0, 1.0
     model.save_pretrained(tmp_path / "saved")
-    fresh = RewardModel.from_pretrained(tmp_path / "saved", new_head=True, template="{prompt}: ", max_length=20)
+    fresh = RewardModel.from_pretrained(tmp_path / "saved", new_head="native", template="{prompt}: ", max_length=20)
     assert (fresh.gain, fresh.bias, fresh.template, fresh.max_length) == (1.0, 0.0, "{prompt}: ", 20)
     assert not torch.equal(fresh.head.score.weight, model.head.score.weight)
     assert torch.equal(fresh.backbone.wte.weight, model.backbone.wte.weight)
@@ -343,7 +344,7 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     with pytest.raises(InputError, match="no classification head.*train_reward.py") as error:
         RewardModel.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-    assert torch.isfinite(RewardModel.from_pretrained(tmp_path, new_head=True).score(["a"], ["b"])).all()
+    assert torch.isfinite(RewardModel.from_pretrained(tmp_path, new_head="native").score(["a"], ["b"])).all()
 
 
 def test_a_bare_encoder_is_no_reward_model(tmp_path):
@@ -351,7 +352,7 @@ def test_a_bare_encoder_is_no_reward_model(tmp_path):
         ours(family, tmp_path / family).backbone.save_pretrained(tmp_path / family)
         with pytest.raises(InputError, match="head"):
             RewardModel.from_pretrained(tmp_path / family)
-        fresh = RewardModel.from_pretrained(tmp_path / family, new_head=True)
+        fresh = RewardModel.from_pretrained(tmp_path / family, new_head="native")
         assert torch.isfinite(fresh.score(["a"], ["b"])).all()
 
 
@@ -459,3 +460,98 @@ def test_what_cannot_be_loaded_is_one_line(user_module, spec, words):
         load_reward([spec])
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     assert sys.path == path
+
+
+# ------------------------------------------------------------------------------------------- other heads, people's logits
+
+def fresh(family, folder, kind="native", dim=0, **options):
+    """A model with a new head on a saved bare model of ours, every parameter random."""
+    ours(family, folder / "tokenizer").save_pretrained(folder)
+    return shake(RewardModel.from_pretrained(folder, kind, human_feedback_dim=dim, **options)).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mlp_by_hand(family, tmp_path):
+    """With weights 0 and biases 1, 2 and 3 in the three layers: relu(1) = 1, relu(0 * 1 + 2) = 2, and 0 * 2 + 3 = 3. With the last
+    layer all ones, its input of 2s adds 16 * 2: 35."""
+    model = fresh(family, tmp_path, "mlp")
+    layers = [layer for layer in model.head.reward_head if isinstance(layer, nn.Linear)]
+    assert [type(layer).__name__ for layer in model.head.reward_head] == ["Linear", "ReLU", "Dropout"] * 2 + ["Linear"]
+    with torch.no_grad():
+        for value, layer in enumerate(layers, start=1):
+            layer.weight.zero_()
+            layer.bias.fill_(value)
+        assert model.score(["p"], ["r"]).item() == 3
+        layers[-1].weight.fill_(1)
+        assert model.score(["p"], ["r"]).item() == 35
+        layers[1].bias.fill_(-2)
+        assert model.score(["p"], ["r"]).item() == 3, "ReLU"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_linear_head_reads_the_pooled_state(family, tmp_path):
+    """The score is w . h + b at the last token (GPT-2) or the first (encoders), whatever the padding beside it."""
+    model = fresh(family, tmp_path, "linear")
+    ids, mask, segments = model.encode(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        gpt2 = family == "gpt2"
+        hidden = model.backbone.hidden(ids, mask) if gpt2 else model.backbone(ids, mask, segments)
+        layer, = model.head.reward_head
+        for row in range(len(PROMPTS)):
+            column = mask[row].sum().item() - 1 if gpt2 else 0
+            expected = hidden[row, column] @ layer.weight[0] + layer.bias[0]
+            assert model(ids, mask, segments)[row].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["native", "linear", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_and_feedback_survive_saving(family, kind, tmp_path):
+    model = fresh(family, tmp_path / "a", kind, dim=5, human_feedback_weight=0.7)
+    model.gain, model.bias = 2.0, -1.0
+    model.save_pretrained(tmp_path / "b")
+    again = RewardModel.from_pretrained(tmp_path / "b")
+    vectors = [None, *[[float(i + j) for j in range(5)] for i in range(len(PROMPTS) - 1)]]
+    assert torch.equal(again.score(PROMPTS, RESPONSES, feedback=vectors), model.score(PROMPTS, RESPONSES, feedback=vectors))
+    assert torch.equal(again.score(PROMPTS, RESPONSES), model.score(PROMPTS, RESPONSES))
+    assert not torch.equal(again.score(PROMPTS, RESPONSES), model.score(PROMPTS, RESPONSES, feedback=vectors))
+    assert (again.human_feedback_dim, again.human_feedback_weight) == (5, 0.7)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_transformers_loads_the_backbone_of_a_model_with_our_head(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = fresh("gpt2", tmp_path / "a", kind, dim=3)
+    model.save_pretrained(tmp_path / "b")
+    their = transformers.AutoModel.from_pretrained(tmp_path / "b").eval()
+    ids, mask, _ = model.encode(PROMPTS[:1], RESPONSES[:1])
+    with torch.no_grad():
+        torch.testing.assert_close(their(ids, attention_mask=mask).last_hidden_state, model.backbone.hidden(ids, mask), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_feedback_by_hand(family, tmp_path):
+    """A linear head w on pooled + weight * P f gives the score without f, plus weight * w . (P f). f = 0 and None are the same."""
+    model = fresh(family, tmp_path, "linear", dim=3)
+    f = torch.tensor([1.0, -2.0, 0.5])
+    with torch.no_grad():
+        shift = 0.3 * model.head.reward_head[0].weight[0] @ (model.human_feedback.weight @ f)
+    plain = model.score(PROMPTS, RESPONSES)
+    informed = model.score(PROMPTS, RESPONSES, feedback=[f.tolist()] * len(PROMPTS))
+    torch.testing.assert_close(informed - plain, shift.expand(len(PROMPTS)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.score(PROMPTS, RESPONSES, feedback=[[0.0] * 3] * len(PROMPTS)), plain)
+
+
+def test_feedback_that_does_not_fit_is_one_line(tmp_path):
+    model = fresh("gpt2", tmp_path / "a", dim=3)
+    with pytest.raises(InputError, match="has 2 numbers, this reward model takes 3"):
+        model.score(["p"], ["r"], feedback=[[1.0, 2.0]])
+    with pytest.raises(InputError, match="trained without any"):
+        fresh("gpt2", tmp_path / "b").score(["p"], ["r"], feedback=[[1.0, 2.0]])
+
+
+def test_a_head_that_is_gone_is_one_line(tmp_path):
+    ours("gpt2", tmp_path / "tokenizer").save_pretrained(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "reward_model.json").read_text())
+    (tmp_path / "saved" / "reward_model.json").write_text(json.dumps(settings | {"head": "mlp"}))
+    with pytest.raises(InputError, match="no tensors reward_head"):
+        RewardModel.from_pretrained(tmp_path / "saved")

@@ -21,13 +21,16 @@ from torch import nn
 
 from nanorlhf import ops, pipeline, plots
 from nanorlhf.advantages import gae, shape_rewards
-from nanorlhf.config import options, parse
+from nanorlhf.config import options, parse, replace
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.masked import whiten
 from nanorlhf.metrics import METRIC_NAMES, conala_bleu
+from nanorlhf.monitor import Alarm
+from nanorlhf.reward import RewardModel
 from nanorlhf.rollout import roll_out, score_tokens
 from nanorlhf.run import adamw, learning_rate, main
+from nanorlhf.status import status
 from nanorlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +60,7 @@ def launch(script, *words, draw=False):
     with pytest.MonkeyPatch.context() as patch:
         if not draw:
             patch.setattr(module, script.replace("train", "plot"), lambda folder: None)
+            patch.setattr(module, "plot_overoptimisation", lambda folder: None, raising=False)
         try:
             main(module.train, parse(module.Config, module.PRESETS, list(words), prog=f"{script}.py"))
         except SystemExit as exit:
@@ -424,6 +428,145 @@ def test_preference_data_go_through_sft_and_dpo(tmp_path):
     assert first["loss"] == pytest.approx(25, rel=1e-4), "h = 0: (1 / (2 * 0.1))^2"
 
 
+def test_pairs_ratings_and_peoples_logits_at_once(home, tmp_path):
+    """Pairs made from references, and rated responses of which every other carries logits: one run learns from all of it, with a
+    head of three layers. Its scores need no logits, and move with them."""
+    rows = [{"prompt": f"add {n} to xs", "response": f"xs + {n}" if n % 2 else "xs", "rating": 1 + 4 * (n % 2),
+             **({"logits": [float(n % 2), 1.0, 0.0]} if n % 4 else {})} for n in range(40)]
+    ratings = write_rows(tmp_path / "ratings.jsonl", rows)
+    out = tmp_path / "reward"
+    assert launch("train_reward", "--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--ratings", ratings,
+                  "--head", "mlp", "--human-feedback-dim", "3", "--out", str(out), *TEXT, *REWARD, draw=True) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert {"eval/accuracy", "eval/error", "eval/error_with_feedback"} <= set(results["validation"])
+    model = RewardModel.from_pretrained(out)
+    assert model.head.kind == "mlp" and model.human_feedback_dim == 3
+    scores = [model.score(["add 1 to xs"], ["xs + 1"], feedback=[vector]).item() for vector in (None, [5.0, 1.0, -5.0])]
+    assert scores[0] != scores[1]
+    seen = [row for row in log(out) if "loss" in row]
+    assert any("error" in row for row in seen) and any("accuracy" in row for row in seen)
+    assert all(json.loads(line)["chosen"] for line in (out / "preferences.jsonl").read_text().splitlines()), "pairs alone"
+
+
+def test_peoples_logits_are_dropped_at_random_in_training_only(tmp_path):
+    """With dropout 1 a row's logits change nothing while training, and everything while evaluating; with 0 they always count."""
+    model = RewardModel.from_pretrained(random_policy(tmp_path), "linear", human_feedback_dim=2)
+    rows = [{"prompt": "p", "response": "r", "rating": 1.0, "feedback": [3.0, -1.0]}]
+    def loss(dropout, training, rows=rows):
+        model.train(training)
+        model.backbone.eval()
+        return train_reward.batch_loss(model, rows, SimpleNamespace(human_feedback_dropout=dropout, precision="fp32", center_coef=0))[0].item()
+    without = loss(0.0, False, [{**rows[0], "feedback": None}])
+    assert loss(1.0, True) == without != loss(1.0, False) == loss(0.0, True)
+
+
+def random_policy(folder):
+    """A GPT-2 of random weights with its tokenizer."""
+    tokenizer = Tokenizer.train(["add 1 to xs", "xs + 1"], 270)
+    tokenizer.save_pretrained(folder)
+    GPT2.from_config(GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    return folder
+
+
+def test_the_loss_of_a_mixed_batch_is_the_mean_over_its_rows(tmp_path):
+    """Two pairs and one rating: (2 * pairs' loss + rating's loss) / 3."""
+    model = RewardModel.from_pretrained(random_policy(tmp_path), "native")
+    config = SimpleNamespace(human_feedback_dropout=0.5, precision="fp32", center_coef=0.01)
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "c", "rejected": "dd"}]
+    ratings = [{"prompt": "p", "response": "a", "rating": 0.7}]
+    both, stats = train_reward.batch_loss(model, [pairs[0], *ratings, pairs[1]], config)
+    of_pairs, _ = train_reward.batch_loss(model, pairs, config)
+    of_rating, _ = train_reward.batch_loss(model, ratings, config)
+    assert both.item() == pytest.approx((2 * of_pairs.item() + of_rating.item()) / 3, rel=1e-5)
+    assert stats["accuracy"][1] == 2 and stats["error"][1] == 1
+
+
+@pytest.fixture(scope="module")
+def checked(home, tmp_path_factory):
+    """Rows with checks, beside the same stages."""
+    rows = [{"id": f"{name}{number}", "intent": f"add {number} to {name}", "snippet": f"{name} + {number}",
+             "checks": [{"setup": f"{name} = {value}", "value": str(value + number)} for value in (3, 70)]}
+            for number in range(10) for name in ("xs", "rows", "items", "names", "words", "values")]
+    return write_rows(tmp_path_factory.mktemp("checked") / "data.jsonl", rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
+def test_ppo_on_execution(home, checked, tmp_path):
+    """A sum with execution trains on truth: terms and gold are logged, the sandbox's layers are in the results."""
+    out = tmp_path / "ppo"
+    assert launch("train_ppo", "--data", checked, "--policy", str(home / "runs" / "sft"), "--out", str(out), *TEXT, *PPO,
+                  "--reward", "execution + 0.1*syntax - 0.01*length", "--normalise-terms", "--term-clip", "2", "--save-steps", "1") == 0
+    rows = log(out)
+    trained = [row for row in rows if "objective/score" in row]
+    assert all({"reward/execution", "reward/syntax", "reward/length", "response/left_out"} <= set(row) for row in trained)
+    assert all("eval/execution" in row for row in rows if "eval/reward" in row)
+    results = json.loads((out / "results.json").read_text())
+    assert results["sandbox"]["seccomp"] and results["test"]["test"]["sampled"]["PPO"]["execution"] is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
+def test_normalised_terms_resume_exactly(home, checked, tmp_path, monkeypatch):
+    """Two steps equal one step, a stop, and the other: the running means go through the checkpoint."""
+    words = ["--data", checked, "--policy", str(home / "runs" / "sft"), *TEXT, *PPO, "--reward", "syntax - 0.1*length", "--normalise-terms",
+             "--sandbox", "off", "--save-steps", "1"]
+    assert launch("train_ppo", *words, "--out", str(tmp_path / "whole")) == 0
+    end_step = train_ppo.Run.end_step
+    def stop(run, step, *args, **numbers):
+        end_step(run, step, *args, **numbers)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo.Run, "end_step", stop)
+        assert launch("train_ppo", *words, "--out", str(tmp_path / "halves")) == 130
+    assert launch("train_ppo", *words, "--out", str(tmp_path / "halves"), "--resume") == 0
+    assert timeless(log(tmp_path / "halves")) == timeless(log(tmp_path / "whole"))
+
+
+def test_a_row_whose_term_failed_is_left_out(home, tmp_path, monkeypatch):
+    """Every other response has no score: the log counts them, the run goes on, and where none has one it stops."""
+    (tmp_path / "holes_zq.py").write_text("NAN = float('nan')\n"
+        "def some(prompts, responses, references): return [NAN if i % 2 else 1.0 for i in range(len(responses))]\n"
+        "def none(prompts, responses, references): return [NAN] * len(responses) if len(responses) > 4 else [1.0] * len(responses)\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), *TEXT, *PPO]
+    assert launch("train_ppo", *words, "--out", str(tmp_path / "some"), "--reward", "1*holes_zq:some + syntax") == 0
+    assert [row["response/left_out"] for row in log(tmp_path / "some") if "response/left_out" in row] == [4, 4]
+    assert launch("train_ppo", *words, "--out", str(tmp_path / "none"), "--reward", "1*holes_zq:none + syntax") == 1
+    assert launch("train_ppo", *words, "--out", str(tmp_path / "alone"), "--reward", "holes_zq:some") == 1, "a lone reward must be finite"
+
+
+@pytest.mark.parametrize("on_alarm, steps, kl_coef", [("warn", [1, 2], [0.2, 0.2]), ("stop", [1], [0.2]), ("raise-kl", [1, 2], [0.2, 0.3])])
+def test_alarms_are_heeded(home, tmp_path, monkeypatch, capsys, on_alarm, steps, kl_coef):
+    """An alarm in step 1 is said, logged and in the results; it stops the run, or raises kl_coef by half, where that was asked for."""
+    class Nervous(train_ppo.Monitor):
+        def see(self, step, numbers):
+            return [Alarm("kl_high", step, f"step {step}: too far")] if step == 1 and "objective/kl" in numbers else []
+    monkeypatch.setattr(train_ppo, "Monitor", Nervous)
+    out = tmp_path / "ppo"
+    assert launch("train_ppo", "--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--reward", "syntax",
+                  "--out", str(out), *TEXT, *PPO, "--on-alarm", on_alarm) == 0
+    rows = [row for row in log(out) if "objective/kl" in row]
+    assert [row["step"] for row in rows] == steps and [row["objective/kl_coef"] for row in rows] == pytest.approx(kl_coef)
+    assert [(row["step"], row["alarm"]) for row in log(out) if "alarm" in row] == [(1, "kl_high")]
+    assert json.loads((out / "results.json").read_text())["alarms"] == [{"name": "kl_high", "step": 1, "message": "step 1: too far"}]
+    assert "ALARM step 1: too far" in capsys.readouterr().out
+    assert "ALARM step 1: too far" in status(out)[0] and status(out)[1] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
+def test_eval_runs_the_code(home, checked, tmp_path):
+    """pass@1 over n samples is the mean share that passes; the layers are in the results; greedy needs no --samples."""
+    words = ["--model", str(home / "runs" / "sft"), "--data", checked, *TEXT, "--temperature", "1.0", "--samples", "5", "--rows", "6",
+             "--out", str(tmp_path / "eval")]
+    assert command("eval", *words).returncode == 0
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    found = results["results"]["test"]["metrics"][str(home / "runs" / "sft")]
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 30 and results["sandbox"]["seccomp"]
+    assert found["pass@1"] == pytest.approx(sum(row["execution_accuracy"] for row in rows) / 30)
+    assert found["pass@1"] <= found["pass@2"] <= found["pass@5"] <= 1
+    assert found["execution_accuracy"] == pytest.approx(sum(row["execution_accuracy"] for row in rows[:6]) / 6)
+
+
 # ---------------------------------------------------------------------------------------------------- pipeline
 
 def test_a_missing_stage_is_made_with_the_same_data(home, tmp_path, monkeypatch, capsys):
@@ -439,6 +582,11 @@ def test_a_missing_stage_is_made_with_the_same_data(home, tmp_path, monkeypatch,
     made = parse(train_sft.Config, train_sft.PRESETS, words)
     assert (made.seed, made.data, made.template, made.max_query, made.device, made.model, made.out) == \
         (7, str(home / "data.jsonl"), "Q {prompt}\n", 20, "cpu", "gpt2", str(tmp_path / "sft"))
+    config = replace(config, sandbox="require", sandbox_timeout=3.0)
+    with pytest.raises(SystemExit):
+        pipeline.ensure("train_reward.py", tmp_path / "reward", config, policy="")
+    made = parse(train_reward.Config, train_reward.PRESETS, ran[1][2:])
+    assert (made.sandbox, made.sandbox_timeout, made.sandbox_workers) == ("require", 3.0, 2)
 
 
 @pytest.mark.parametrize("change",

@@ -17,13 +17,15 @@ from nanorlhf.metrics.bleu import (chrf, conala_bleu, conala_tokens, corpus_bleu
 from nanorlhf.metrics.bootstrap import (bootstrap_interval, corpus_bootstrap, paired_bootstrap,
                                         paired_corpus_bootstrap)
 from nanorlhf.metrics.codebleu import codebleu
+from nanorlhf.metrics.execution import execution_accuracy, run_checks
 from nanorlhf.metrics.match import exact_match, parses, pass_at_k, token_f1
 from nanorlhf.metrics.rouge import rouge
 from nanorlhf.metrics.ruby import LEVELS, quality_weights, ruby, ruby_quality
 
 __all__ = ["METRIC_NAMES", "NotComputed", "bert_score", "bootstrap_interval", "chrf", "codebleu", "conala_bleu",
-           "conala_tokens", "corpus_bleu", "corpus_bootstrap", "evaluate", "exact_match", "paired_bootstrap",
-           "paired_corpus_bootstrap", "parses", "pass_at_k", "quality_weights", "rouge", "ruby", "ruby_quality",
+           "conala_tokens", "corpus_bleu", "corpus_bootstrap", "evaluate", "exact_match",
+           "execution_accuracy", "paired_bootstrap",
+           "paired_corpus_bootstrap", "parses", "pass_at_k", "quality_weights", "rouge", "run_checks", "ruby", "ruby_quality",
            "sacrebleu", "sentence_bleu", "token_f1"]
 
 BLEU_SMOOTHING = "method1"  # a zero count becomes 0.1, so that small corpora still rank

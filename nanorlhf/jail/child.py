@@ -1,0 +1,52 @@
+"""The child: a forked process that runs the code and answers the judge's questions about it. It knows no test.
+
+What it answers is believed to be a value and nothing more; nothing here is a wall, the code may change all of it.
+"""
+
+import ast
+import operator
+import sys
+import types
+
+from .values import decode, encode, receive, send
+
+
+def run_last(source, names):
+    """Execute a source; the value of its last line if that is an expression, else None."""
+    tree = ast.parse(source)
+    last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "<code>", "exec"), names)
+    return None if last is None else eval(compile(last, "<code>", "eval"), names)
+
+
+def answer(sock):
+    """Answer the judge's questions about the code until it goes away."""
+    module = sys.modules["solution"] = types.ModuleType("solution")
+    names, kept = module.__dict__, []
+
+    def keep(value):
+        kept.append(value)
+        return len(kept) - 1
+
+    def load(source):
+        exec(compile(source, "<code>", "exec", dont_inherit=True), names)
+
+    def name(name):
+        if name not in names:
+            raise NameError(f"the code does not define {name}")
+        return names[name]
+
+    questions = {"load": load, "run": lambda source: run_last(source, names), "name": name,
+                 "call": lambda target, /, *args, **kwargs: target(*args, **kwargs), "getattr": getattr,
+                 "getitem": operator.getitem, "iter": iter, "next": next, "len": len, "bool": bool, "str": str,
+                 "int": int, "float": float}
+    send(sock, "ready")  # from here on an end is the code's own doing
+    while True:
+        request = receive(sock)
+        try:
+            args, kwargs = decode(request["args"], lambda number, _: kept[number])
+            value = questions[request["ask"]](*args, **kwargs)
+            reply = {"value": encode(value, None if request["plain"] else keep)}
+        except BaseException as error:  # SystemExit and KeyboardInterrupt are answers too
+            reply = {"raised": [each.__name__ for each in type(error).__mro__][:20], "text": str(error)[:300]}
+        send(sock, reply)

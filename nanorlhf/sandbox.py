@@ -1,0 +1,315 @@
+"""Runs generated code where it can do no harm, and judges it where it cannot reach. Standard library only.
+
+    trainer                this process: sends jobs, receives outcomes; runs no candidate code and no test
+      judge   (1 a worker) holds the tests; where they call the code it asks a child, and compares plain values itself
+      zygote  (1 a worker) clean interpreter behind namespaces, Landlock and an own user; never sees code or a test
+        child (1 a sample) forked, limited by rlimits and seccomp; runs the code and answers the judge's questions
+
+The three are in nanorlhf/jail. What is promised and what is not: SECURITY.md. Each wall is tried at start, probed by
+code that runs into it, and listed in `Sandbox.layers`, as `python -m nanorlhf.sandbox` does.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import queue
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanorlhf.errors import InputError
+from nanorlhf.jail.judge import GRACE, test_names
+from nanorlhf.jail.values import MAX_BYTES, decode, encode, receive, same, send
+from nanorlhf.jail.walls import LAYERS, Off
+
+__all__ = ["Outcome", "Sandbox", "decode", "encode", "same"]
+
+MODES = ("auto", "require", "weak", "off")
+MAX_CACHED = 200_000  # verdicts
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a sample.
+
+    passed: every test went through (`check`), or a value came back (`evaluate`).
+    status: "ok", "failed" (a test's assertion), "error" (an exception in the code or a test, or a value that is none),
+        "timeout", "memory", or "crashed" (the code ended its process).
+    seconds: wall time. detail: the failing test or the error, printable, at most 400 characters. value: of `evaluate`.
+    """
+
+    passed: bool
+    status: str
+    seconds: float
+    detail: str = ""
+    value: object = None
+
+
+def _outcome(said):
+    return Outcome(said["status"] == "ok", said["status"], said["seconds"], said["detail"], decode(said["value"]))
+
+
+class _Worker:
+    """One judge and its zygote."""
+
+    def __init__(self, config):
+        self.config = config
+        self.start()
+
+    def start(self):
+        self.sock, judge_end = socket.socketpair()
+        control, zygote_end = socket.socketpair()
+        self.processes = [self.launch("zygote", zygote_end), self.launch("judge", judge_end, control)]
+        for end in (judge_end, control, zygote_end):
+            end.close()
+        self.sock.settimeout(60)
+        try:
+            self.layers = {k: Off(v) if str(v).startswith("off: ") else v for k, v in receive(self.sock).items()}
+        except (EOFError, OSError):
+            self.stop()
+            raise RuntimeError("the sandbox's processes did not start; what they said is on stderr") from None
+
+    def launch(self, role, *ends):
+        """Flags: no site-packages, no folder of ours on the path. Environment: only what makes runs repeatable."""
+        numbers = [end.fileno() for end in ends]
+        command = [sys.executable, "-s", "-S", "-P", "-B", str(Path(__file__).parent / "jail" / "__main__.py"), role]
+        return subprocess.Popen([*command, json.dumps(self.config), *map(str, numbers)], pass_fds=numbers, cwd="/",
+                                env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}, start_new_session=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def run(self, job):
+        """What the judge says of a job; twice where no child came to be for it, for then the code did not run."""
+        for _ in range(2):
+            begin = time.perf_counter()
+            try:
+                self.sock.settimeout(self.config["timeout"] + 2 * GRACE)
+                send(self.sock, job)
+                said = receive(self.sock)
+            except (EOFError, OSError) as error:  # a test that computes for ever, or ended the judge
+                status = "timeout" if isinstance(error, TimeoutError) else "crashed"
+                said = {"status": status, "seconds": time.perf_counter() - begin, "value": None,
+                        "detail": "the judge did not answer"}
+                self.restart()
+            if said["status"] != "broken":
+                return said
+            self.restart()
+        raise RuntimeError("the sandbox can start no process for a sample; is the machine out of memory or processes?")
+
+    def restart(self):
+        self.stop()
+        self.start()
+
+    def abort(self):
+        """End what runs now; `run`, in another thread, starts anew."""
+        self.processes[1].kill()
+
+    def stop(self):
+        """Without its judge the zygote ends its child and then itself."""
+        self.sock.close()
+        box, judge = self.processes
+        judge.kill()
+        judge.wait()
+        try:
+            box.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            box.kill()
+            box.wait()
+
+
+class Sandbox:
+    """Runs generated code on tests or for values; a context manager.
+
+        with Sandbox() as box:
+            box.check("def f(x): return x + 1", tests=["assert f(1) == 2"], entry_point="f").passed
+
+    Args:
+        timeout: seconds of wall time for one sample, all its tests together.
+        memory_mb: address space that one sample may add.
+        workers: samples that run at once.
+        mode: "auto" runs where seccomp holds, whatever else is missing; "require" only with every layer of `REQUIRED`;
+            "weak" with any (macOS: time and memory limits only); "off" runs nothing.
+        without: names of layers to leave out, for tests of the others; needs "weak" to leave out seccomp.
+    """
+
+    LAYERS = LAYERS  # all that are tried, in order
+    REQUIRED = ("seccomp", "no_new_privs", "net_namespace", "ipc_namespace", "pid_namespace", "own_user", "undumpable",
+                "rlimits")  # and one of landlock and chroot
+
+    def __init__(self, timeout=1.0, memory_mb=256, workers=2, mode="auto", without=()):
+        if mode not in MODES:
+            raise InputError(f"sandbox mode {mode!r}: choose one of {', '.join(MODES)}")
+        for name, value, least in (("timeout", timeout, 0), ("memory_mb", memory_mb, 15), ("workers", workers, 0)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
+                raise InputError(f"{name} must be a number above {least}, not {value!r}")
+        if workers != int(workers):
+            raise InputError(f"workers must be a whole number, not {workers!r}")
+        unknown = [without] if isinstance(without, str) else sorted(set(without) - set(LAYERS))
+        if unknown:
+            raise InputError(f"without must be a list of layers; {unknown[0]!r} is none; there are {', '.join(LAYERS)}")
+        self.mode, self.layers, self.workers, self.cache = mode, {}, [], {}
+        if mode == "off":
+            return
+        config = {"timeout": timeout, "memory_mb": int(memory_mb), "without": list(without)}
+        try:
+            for _ in range(int(workers)):
+                self.workers.append(_Worker(config))
+            self.layers = self.workers[0].layers
+            self._probe()
+            self._admit()
+        except BaseException:
+            self.close()
+            raise
+        self.idle = queue.SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
+
+    def _probe(self):
+        """Take no layer's word: have code try what each forbids."""
+        outcome = _outcome(self.workers[0].run({"code": PROBE, "setup": "", "expression": "found"}))
+        if not outcome.passed:
+            raise RuntimeError(f"the sandbox could not run its probe: {outcome.detail or outcome.status}")
+        for layer in outcome.value:
+            if self.layers.get(layer):
+                self.layers[layer] = Off("off: it was put up, but the probe went through it")
+
+    def _admit(self):
+        """Refuse to start with less than the mode asks for."""
+        off = {name: self.layers[name][5:] for name in self.REQUIRED if not self.layers[name]}
+        if not (self.layers["landlock"] or self.layers["chroot"]):
+            off["landlock or chroot"] = f"{self.layers['landlock'][5:]}; {self.layers['chroot'][5:]}"
+        needed = {"require": off, "auto": {k: v for k, v in off.items() if k == "seccomp"}, "weak": {}}[self.mode]
+        if needed:
+            missing = "; ".join(f"{name} ({cause})" for name, cause in needed.items())
+            raise InputError(f"sandbox mode {self.mode!r} will not run code here: missing {missing}; "
+                             "mode 'weak' runs with what there is")
+        if off:
+            missing = "; ".join(f"{name} ({cause})" for name, cause in off.items())
+            logging.getLogger(__name__).warning("sandbox runs without %s", missing)
+
+    def check(self, code, tests, entry_point=None):
+        """Whether the code passes all tests.
+
+        Args:
+            code: the candidate's source, run as a module.
+            tests: sources with assertions; they run in the judge, where `entry_point` is a stub that asks the child.
+                `==` is strict (`same`); arguments cross by value, so that a change of an argument is not seen.
+            entry_point: the name, or a list of names, that tests use from the code. None: the one unknown name in them.
+        Raises InputError if a test does not parse or the entry point cannot be told; never for anything in the code.
+        """
+        return self.check_many([{"code": code, "tests": tests, "entry_point": entry_point}])[0]
+
+    def evaluate(self, code, setup="", expression=None):
+        """Run setup, code, and the expression (None: the code's last line), in the child -> Outcome with `value`."""
+        return self.check_many([{"code": code, "setup": setup, "expression": expression}])[0]
+
+    def check_many(self, jobs):
+        """Outcomes of jobs, in order. A job is a dict of the arguments of `check` or `evaluate`, or a tuple."""
+        jobs = [_prepare(job) for job in jobs]
+        if self.mode == "off" or not self.workers:
+            raise InputError("the sandbox is off or closed: no code is run")
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            try:
+                return list(pool.map(self._run, jobs))
+            except BaseException:  # Ctrl-C: wait for no sample
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in self.workers:
+                    worker.abort()
+                raise
+
+    def _run(self, job):
+        """From the cache or a worker. Only what the code itself brought about is kept, no time-out or crash."""
+        if len(job["code"]) > MAX_BYTES:
+            return Outcome(False, "error", 0.0, f"the source has more than {MAX_BYTES} characters")
+        key = hashlib.sha256(json.dumps(job).encode()).hexdigest()
+        said = self.cache.get(key)
+        if said is None:
+            worker = self.idle.get()
+            try:
+                said = worker.run(job)
+            finally:
+                self.idle.put(worker)
+            if said["status"] in ("ok", "failed", "error") and len(self.cache) < MAX_CACHED:
+                self.cache[key] = said
+        return _outcome(said)
+
+    def close(self):
+        for worker in self.workers:
+            worker.stop()
+        self.workers = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _prepare(job):
+    """The job as the judge wants it; InputError for what a user must mend."""
+    if isinstance(job, (tuple, list)) and len(job) in (2, 3):
+        job = dict(zip(("code", "tests", "entry_point"), job))
+    if not isinstance(job, dict):
+        raise InputError("a job is a dict, or a tuple (code, tests) or (code, tests, entry_point)")
+    known = ("code", "tests", "entry_point") if "tests" in job else ("code", "setup", "expression")
+    for name in job:
+        if name not in known:
+            raise InputError(f"a job has {name!r}: beside code it has tests and entry_point, or setup and expression")
+    for name in ("code", "setup", "expression"):
+        if not isinstance(job.get(name), str) and (name == "code" or job.get(name) is not None):
+            raise InputError(f"a job's {name} must be text, not {type(job.get(name)).__name__}")
+    if "tests" not in job:
+        return {"code": job["code"], "setup": job.get("setup") or "", "expression": job.get("expression")}
+    tests = _texts(job["tests"], "tests")
+    if not tests:
+        raise InputError("no tests: a check without one would pass anything")
+    try:
+        unknown, _ = test_names(tests)
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"a test does not parse: {error}") from None
+    if job.get("entry_point") is None and len(unknown) > 1:
+        names = ", ".join(sorted(unknown))
+        raise InputError(f"the tests use {names}: say which of them the code defines with entry_point=")
+    entries = sorted(unknown) if job.get("entry_point") is None else _texts(job["entry_point"], "entry_point")
+    return {"code": job["code"], "tests": tests, "entries": entries}
+
+
+def _texts(value, name):
+    """A text or a list of texts as a list."""
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"a job's {name} must be text or a list of texts")
+    return texts
+
+
+# Names the layers that do not hold.
+PROBE = """
+import os, resource, socket
+found = []
+def holds(layer, action, *args):
+    try:
+        if action(*args):
+            found.append(layer)
+    except OSError:
+        pass
+holds("seccomp", lambda: socket.socket() and True)
+holds("landlock", os.listdir, "/")
+holds("chroot", os.listdir, "/")
+holds("own_user", lambda: os.getuid() == 0)
+holds("pid_namespace", lambda: os.getppid() != 1)
+holds("rlimits", lambda: resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)
+"""
+
+
+def main():
+    with Sandbox(mode="weak") as box:
+        for name, state in box.layers.items():
+            print(f"{name:16} {'on' if state is True else state}")
+
+
+if __name__ == "__main__":
+    main()

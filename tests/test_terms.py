@@ -1,0 +1,147 @@
+"""What --reward names: rules, sums of terms, their normalisation, and what cannot be a reward."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nanorlhf import metrics
+from nanorlhf.errors import InputError
+from nanorlhf.reward import RewardEnsemble
+from nanorlhf.terms import RULES, Combination, Spread, Term, load_reward, needs_execution, parse_sum
+
+PROMPTS, REFERENCES = ["p", "q", "r"], ["x + 1", None, "f(a, b)"]
+
+
+def constant(*values):
+    return lambda prompts, responses, references: list(values)
+
+
+# ---- rules
+
+@pytest.mark.parametrize("name, response, expected", [
+    ("syntax", "x = 1", 1.0), ("syntax", "x = = 1", 0.0), ("syntax", "", 0.0), ("syntax", "  \n", 0.0),
+    ("length", "x + 1", 3.0), ("length", "", 0.0), ("length", "foo_bar(1)", len(metrics.conala_tokens("foo_bar(1)"))),
+    ("repetition", "a b c d", 0.0), ("repetition", "", 0.0), ("repetition", "a", 0.0),
+    ("repetition", "a a a a", 2 / 3),  # pairs aa aa aa: one of three is new
+    ("repetition", "a b a b a", 0.5),  # ab ba ab ba: two of four are new
+])
+def test_rules_by_hand(name, response, expected):
+    assert RULES[name](["p"], [response], [None]) == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize("name", ["exact_match", "bleu", "rougeL", "codebleu", "token_f1", "ruby"])
+def test_metrics_against_the_reference(name):
+    """1 for the reference itself (n-gram scores of three tokens are below), less for another text, NaN without a reference."""
+    same, missing, other = RULES[name](PROMPTS, ["x + 1", "anything", "g(b)"], REFERENCES)
+    assert math.isnan(missing) and 0 <= other < 1
+    assert same > other and (same == pytest.approx(1) or name in ("bleu", "codebleu"))
+
+
+# ---- sums
+
+def test_a_sum_by_hand():
+    """0.5 * (1, 2, 3) - 2 * (0, 1, 0) = (0.5, -1, 1.5)."""
+    reward = Combination([Term("a", 0.5, constant(1, 2, 3)), Term("b", -2, constant(0, 1, 0))])
+    assert reward(PROMPTS, ["", "", ""], REFERENCES).tolist() == [0.5, -1.0, 1.5]
+    assert {name: values.tolist() for name, values in reward.values.items()} == {"a": [1, 2, 3], "b": [0, 1, 0]}
+
+
+def test_each_term_is_clipped_before_its_weight():
+    """clip 1: (-5, .5, 5) -> (-1, .5, 1), times 3; unclipped values are what is logged."""
+    reward = Combination([Term("a", 3, constant(-5, 0.5, 5))], clip=1.0)
+    assert reward(PROMPTS, ["", "", ""]).tolist() == [-3.0, 1.5, 3.0]
+    assert reward.values["a"].tolist() == [-5, 0.5, 5]
+
+
+def test_a_failed_term_is_nan_and_spoils_its_row_alone():
+    reward = Combination([Term("a", 1, constant(1, math.nan, 3)), Term("b", 0.0, constant(1, 1, 1))], clip=2.0, normalise=True)
+    scores = reward.learn(PROMPTS, ["", "", ""])
+    assert scores.isnan().tolist() == [False, True, False] and reward.leaves_out
+    assert reward.running["a"].count == 2, "what failed does not enter the mean"
+    assert RewardEnsemble([reward, constant(0, 0, 0)]).leaves_out and not RewardEnsemble([constant(0)]).leaves_out
+
+
+def test_infinity_is_no_failure_but_a_fault():
+    with pytest.raises(InputError, match="term a is not finite"):
+        Combination([Term("a", 1, constant(1, math.inf, 3))])(PROMPTS, ["", "", ""])
+
+
+def test_normalisation_by_hand():
+    """start sees (1, 3): mean 2, deviation 1, so a later (5, 2) is (3, 0) by the yardstick.
+
+    learn sees it too: of (1, 3, 5, 2) the mean is 2.75 and the variance (1.75^2 + .25^2 + 2.25^2 + .75^2) / 4 = 2.1875.
+    """
+    values = iter([[1, 3], [5, 2], [5, 2], [5, 2]])
+    reward = Combination([Term("a", 2, lambda *texts: next(values))], normalise=True)
+    reward.start(["p", "q"], ["", ""])
+    assert reward(["p", "q"], ["", ""]).tolist() == [6.0, 0.0]
+    scores = reward.learn(["p", "q"], ["", ""])
+    assert scores.tolist() == pytest.approx([2 * 2.25 / 2.1875 ** 0.5, 2 * -0.75 / 2.1875 ** 0.5])
+    assert reward(["p", "q"], ["", ""]).tolist() == [6.0, 0.0], "evaluations keep their yardstick"
+
+
+def test_running_spread_equals_numpy_in_any_cut():
+    rng = np.random.default_rng(0)
+    values = rng.normal(1e4, 3, 200)
+    for cuts in ([50], [1, 2, 199], list(range(1, 200))):
+        spread = Spread()
+        for part in np.split(values, cuts):
+            spread.see(torch.tensor(part))
+        assert spread.mean == pytest.approx(values.mean(), rel=1e-12)
+        assert spread.squares == pytest.approx(((values - values.mean()) ** 2).sum(), rel=1e-9)
+    spread = Spread()
+    spread.see(torch.tensor([2.0, 2.0]))
+    assert spread.scale(torch.tensor([2.0, 5.0])).tolist() == [0, 3], "what did not vary is only centred"
+
+
+def test_state_goes_through_json_and_back():
+    import json
+    reward = Combination([Term("a", 1, constant(1, 2, 4))], normalise=True)
+    reward.start(PROMPTS, ["", "", ""])
+    reward.learn(PROMPTS, ["", "", ""])
+    other = Combination([Term("a", 1, constant(1, 2, 4))], normalise=True)
+    other.state = json.loads(json.dumps(reward.state))
+    assert torch.equal(other.learn(PROMPTS, ["", "", ""]), reward.learn(PROMPTS, ["", "", ""]))
+
+
+# ---- from the command line
+
+@pytest.mark.parametrize("spec, terms", [
+    ("execution", [(1, "execution")]),
+    ("0.7*runs/reward + 0.3*execution - 0.05*length + syntax",
+     [(0.7, "runs/reward"), (0.3, "execution"), (-0.05, "length"), (1, "syntax")]),
+    ("-0.05*length", [(-0.05, "length")]), ("2 * syntax  +  1e-3*length", [(2, "syntax"), (0.001, "length")]),
+    ("syntax - -2*length", [(1, "syntax"), (2, "length")]), ("a-b/c+d", [(1, "a-b/c+d")]),
+    ("my.module:f - .5*other:g", [(1, "my.module:f"), (-0.5, "other:g")]),
+])
+def test_parsing_a_sum(spec, terms):
+    assert parse_sum(spec) == terms
+
+
+def test_a_folder_with_a_strange_name_is_one_term(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2*a + b").mkdir()
+    assert parse_sum("2*a + b") == [(1.0, "2*a + b")]
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("syntax + ", "is no term"), ("0.5*", "is no term"), ("", "is no term"), ("syntax length", "is no term"),
+    ("1.2.3*syntax", "'1.2.3' is no number"), ("syntax + syntax", "syntax is there twice"), ("2*3*syntax", "is no term"),
+    ("syntx", "did you mean syntax?"), ("2*bleau", "did you mean bleu?"), ("execution", "needs rows with checks"),
+    ("0.5*execution + syntax", "needs rows with checks"), ("+syntax", "no folder"),
+])
+def test_what_is_no_sum_is_one_line(spec, words):
+    with pytest.raises(InputError) as error:
+        load_reward([spec])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_execution_is_found_in_any_spec():
+    assert needs_execution(["runs/a", "0.1*execution + syntax"]) and not needs_execution(["runs/execution", "syntax"])
+
+
+def test_several_specs_make_an_ensemble_of_sums():
+    reward = load_reward(["2*syntax", "length"], "min")
+    assert reward(["p", "q"], ["x = 1", "x"], [None, None]).tolist() == [2.0, 1.0]
+    assert reward.disagreement.tolist() == [0.5, 0.5]
