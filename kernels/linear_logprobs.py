@@ -206,7 +206,10 @@ def dlogits_kernel(HIDDEN, WEIGHT, N, V, C, stride_hidden, stride_weight, TARGET
 
 
 def tiling(dtype, capability):
-    """Block sizes and launch options of the two matrix kernels, none of which spills; capability: the major number."""
+    """Block sizes and launch options of the two matrix kernels; capability: the major number.
+
+    None spills where the width C is a multiple of 16, as every GPT-2's is; at C = 100 they do (docs/KERNELS.md).
+    """
     if INTERPRETED:
         blocks = 32, 128, 64, 4, 1
     elif dtype == torch.float32:

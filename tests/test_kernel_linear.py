@@ -1,14 +1,13 @@
 """kernels/linear_logprobs.py against the definition, token_logprobs(hidden @ weight.T, targets, temperature).
 
 Most tests run where the kernels do: on a GPU, or on CPU tensors in Triton's interpreter. The interpreter has to be
-chosen before the kernels are imported, so `test_interpreter` runs this file once more in a process of its own.
+chosen before the kernels are imported, so `test_interpreter` runs this file once more in a process of its own. What the
+compiler makes of the kernels is in test_kernel_budgets.py.
 """
-import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy
@@ -420,13 +419,6 @@ def test_peak_memory():
 # --- without a GPU ----------------------------------------------------------------------------------------------------
 
 
-def run(arguments, **environment):
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 OLD_INTERPRETER = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
 
 
@@ -434,71 +426,8 @@ OLD_INTERPRETER = triton.__version__ < "3.7" and tuple(map(int, numpy.__version_
 @pytest.mark.skipif(OLD_INTERPRETER, reason="Triton 3.6's interpreter reads loop bounds in a way NumPy 2.4 forbids")
 def test_interpreter():
     """Every test above that does not need a GPU, in Triton's interpreter on the CPU."""
-    out = run(["-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", str(Path(__file__))],
-              TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    assert int(re.search(r"(\d+) passed", out)[1]) > 50, out[-3000:]
-
-
-def compile_ahead(dtype, capability, described):
-    """{kernel: (registers, bytes spilled, multiplying instructions)}, compiled for a GPU that need not be there."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    options = kernel.tiling(getattr(torch, dtype), capability // 10)
-    rows, columns, depth = options["BLOCK_N"], options["BLOCK_V"], options["BLOCK_C"]
-    short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
-    floats = ("STATISTICS", "LOGPROBS", "ENTROPY", "TOP", "MASS", "GRAD_LOGPROBS", "GRAD_ENTROPY")
-    blocks = dict(HIDDEN=(rows, depth), WEIGHT=(columns, depth), DLOGITS=(rows, columns))
-    types = dict.fromkeys(floats, "*fp32") | {"TARGETS": "*i64", "temperature_inv": "fp32"} | {
-        name: f"tensordesc<{short}[{a},{b}]>" if described else f"*{short}" for name, (a, b) in blocks.items()}
-    constants = {name: x for name, x in options.items() if name.startswith("BLOCK")}
-    constants |= {"DESCRIPTORS": described, "INTERPRET": False}
-    merge = {"BLOCK_N": 16, "BLOCK_S": 64}, {"num_warps": 4}  # 33 splits
-    matrix = constants, {name: options[name] for name in ("num_warps", "num_stages")}
-    strides = "C", "stride_hidden", "stride_weight", "stride_dlogits"
-    report = {}
-    for function in (kernel.statistics_kernel, kernel.dlogits_kernel, kernel.merge_kernel):
-        constants, launch = merge if function is kernel.merge_kernel else matrix
-        names = function.arg_names
-        aligned = [(names.index(n),) for n in names if n in strides or types.get(n, "").startswith("*")]
-        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-        source = ASTSource(function, signature, constants, {at: [["tt.divisibility", 16]] for at in aligned})
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
-        words = [word for word in ("wgmma", "mma.sync", "fma") if word in compiled.asm["ptx"]]
-        report[function.__name__] = (*resources(compiled), words)
-    return report
-
-
-def resources(compiled):
-    """(registers a thread, bytes spilled) as ptxas reports them."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"  # two assemblers, each knows other versions of PTX
-    target = re.search(r"\.target\s+(\w+)", compiled.asm["ptx"])[1]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(compiled.asm["ptx"])
-        logs = [subprocess.run([ptxas, "-v", f"--gpu-name={target}", path, "-o", Path(folder, "kernel.cubin")],
-                               capture_output=True, text=True).stderr for ptxas in sorted(tools.glob("ptxas*"))]
-    log = next(log for log in logs if "registers" in log)
-    return int(re.search(r"Used (\d+) registers", log)[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log)))
-
-
-COMPILED = {  # dtype, compute capability, by descriptors -> the instruction that multiplies
-    ("bfloat16", 90, True): "wgmma", ("bfloat16", 90, False): "wgmma", ("bfloat16", 80, False): "mma.sync",
-    ("float32", 90, False): "fma", ("float32", 80, False): "fma"}
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    return json.loads(run([__file__], TRITON_INTERPRET="0"))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("case", COMPILED, ids=str)
-def test_compiles_ahead_of_time_without_spills(compiled, case):
-    """On the tensor cores in 16 bits (wgmma is Hopper's), by multiply-adds in float32, and never out of registers."""
-    for name, (registers, spilled, instructions) in compiled[str(case)].items():
-        assert spilled == 0 and registers <= 255, name
-        assert COMPILED[case] in instructions or name == "merge_kernel", name
-
-
-if __name__ == "__main__":
-    print(json.dumps({str(case): compile_ahead(*case) for case in COMPILED}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", str(Path(__file__))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50, done.stdout[-3000:]

@@ -19,10 +19,12 @@ from nanorlhf.masked import masked_mean, whiten
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
+
 import kernels  # noqa: E402
 from kernels import exact_kl, fused_dpo_loss, fused_ppo_loss, gae, ppo, token_logprobs  # noqa: E402
 from kernels.advantages import gae_moments, gae_whitened  # noqa: E402
-from kernels.rows import INTERPRETED, as_rows, like_rows, phase, tiling  # noqa: E402
+from kernels.rows import INTERPRETED, as_rows, cut, like_rows, phase, tiling  # noqa: E402
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
@@ -267,18 +269,40 @@ def test_the_gradient_lies_like_its_rows():
 
 @runs_kernels
 def test_offsets_beyond_2_to_the_31():
-    """Two rows 2^31 elements apart: a 32-bit offset would read, and write, elsewhere. The 4 GiB between are only
-    reserved, and never touched."""
+    """Three rows 2^30 elements apart: a 32-bit product of row and stride would read, and write, elsewhere. The 4 GiB
+    between are only reserved, and never touched."""
     torch.use_deterministic_algorithms(False)  # nor filled
-    rows = torch.empty(2 ** 31 + 2 ** 12, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 300), (2 ** 31, 1))
-    logits, targets = problem(2, 300, torch.bfloat16)
+    rows = torch.empty(2 ** 31 + 2 ** 12, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 300), (2 ** 30, 1))
+    logits, targets = problem(3, 300, torch.bfloat16)
     rows.copy_(logits)
-    tokens = [targets, *normal(2, 2).unbind(), torch.ones(2, dtype=torch.bool, device=DEVICE)]
+    tokens = [targets, *normal(2, 3).unbind(), torch.ones(3, dtype=torch.bool, device=DEVICE)]
     assert torch.equal(token_logprobs(rows, targets)[0], token_logprobs(logits, targets)[0])
     right = gradients_of(lambda x: fused_ppo_loss(x, *tokens)[0], [logits], [torch.tensor(1.0)])[1][0]
     rows.requires_grad_()
     fused_ppo_loss(rows, *tokens, inplace=True)[0].backward()
     assert torch.equal(rows.detach().double(), right)
+
+
+@triton.jit
+def cut_kernel(X, OUT, width, UNIT: tl.constexpr):
+    head, groups = cut(X, width, UNIT)
+    tl.store(OUT, head)
+    tl.store(OUT + 1, groups)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_groups_start_at_multiples_of_16_bytes(dtype):
+    """Wherever a row starts: what the compiler is promised, and the interpreter never needs."""
+    unit, memory = 16 // dtype.itemsize, torch.zeros(64, dtype=dtype, device=DEVICE)
+    out = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    for offset in range(unit + 1):
+        for V in (1, 3, unit, 3 * unit + 1, 50):
+            cut_kernel[(1,)](memory[offset:], out, V, unit)
+            head, groups = out.tolist()
+            aligned = memory[offset + head:].data_ptr() % 16 == 0
+            assert 0 <= head < unit and (aligned or head == V)
+            assert 0 <= V - head - groups * unit < unit
 
 
 # --- fused_ppo_loss ---------------------------------------------------------------------------------------------------
@@ -330,6 +354,19 @@ def assert_ppo(logits, arguments, upstream=1.0):
     assert stats.keys() == right_stats.keys()
     assert stats == pytest.approx(right_stats, rel=1e-5, abs=1e-5)
     return gradient
+
+
+@runs_kernels
+@pytest.mark.parametrize("dual_clip, loss, slope", [(3.0, 3.0, 0.0), (5.0, 4.0, 4.0)])
+def test_ppo_dual_clip_by_hand(dual_clip, loss, slope):
+    """One token, p = 1/2, ratio 4, A = -1: max(4, 1.2) = 4. Dual clip 3: min(4, 3) = 3, which does not move with new.
+    Dual clip 5: 4, dloss/dnew = -A ratio = 4, times (1/2, -1/2)."""
+    logits = torch.zeros(1, 2, device=DEVICE, requires_grad=True)
+    old, one = torch.full((1,), -math.log(8), device=DEVICE), torch.ones(1, device=DEVICE)
+    found, _ = fused_ppo_loss(logits, torch.zeros(1, dtype=torch.int64, device=DEVICE), old, -one, one, dual_clip=dual_clip)
+    found.backward()
+    assert found.item() == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(logits.grad.cpu(), torch.tensor([[slope / 2, -slope / 2]]), rtol=1e-6, atol=1e-7)
 
 
 @runs_kernels
