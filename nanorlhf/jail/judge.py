@@ -215,25 +215,23 @@ def _watch(trainer, on):
         pass
 
 
-def _order_child(control):
-    """A socket to a child that the zygote forks meanwhile. It says "ready" behind its walls, or its end closes."""
+def _fresh_child(control):
+    """A socket to a new child, ready behind its walls; OSError, EOFError or ValueError if the zygote made none."""
     near, far = socket.socketpair()
+    with far:
+        socket.send_fds(control, [b"r"], [far.fileno()])
     near.settimeout(GRACE)
-    try:
-        with far:
-            socket.send_fds(control, [b"r"], [far.fileno()])
-    except OSError:  # the zygote is gone; `_sample` will find nobody there
-        pass
+    if receive(near, 100) != "ready":
+        raise ValueError("not a child")
+    near.settimeout(None)
     return near
 
 
-def _sample(control, near, job, timeout):
+def _sample(control, job, timeout):
     """One job on a fresh child -> what the trainer is told. "broken": no child came to be, so the code did not run."""
     begin = time.perf_counter()
     try:
-        if receive(near, 100) != "ready":
-            raise ValueError
-        near.settimeout(None)
+        near = _fresh_child(control)
     except (EOFError, OSError, ValueError):
         return {"status": "broken"}
     with near:
@@ -277,10 +275,9 @@ def main(trainer, control, config):
         _walls(config, layers)
         send(trainer, layers)
         while True:
-            near = _order_child(control)  # before there is a job: the zygote forks while the trainer is at work
             job = receive(trainer)
             _watch(trainer, True)
-            said = _sample(control, near, job, config["timeout"])
+            said = _sample(control, job, config["timeout"])
             _watch(trainer, False)
             send(trainer, said)
     except (EOFError, BrokenPipeError):  # the trainer is gone; or the zygote, and it has said why

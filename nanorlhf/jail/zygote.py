@@ -58,10 +58,15 @@ def _seccomp_wall(layers, user):
     return program if layers.wall("seccomp", build) else None
 
 
+def _user_namespace():
+    walls.try_in_fork(walls.own_user_namespace)  # half of one, which some systems allow, is worse than none
+    return walls.own_user_namespace()
+
+
 def _namespaces(layers):
     """Own network, IPC and processes. The zygote becomes process 1: when it ends, the kernel kills all others there."""
     if walls.LINUX and os.geteuid() != 0:
-        layers.wall("user_namespace", walls.own_user_namespace)  # grants what the next three need, inside it
+        layers.wall("user_namespace", _user_namespace)  # grants what the next three need, inside it
     for name, flag in (("net_namespace", 0x40000000), ("ipc_namespace", 0x08000000), ("pid_namespace", 0x20000000)):
         layers.wall(name, walls.call, "unshare", flag)
     if layers["pid_namespace"]:

@@ -1,0 +1,1091 @@
+"""The sandbox under attack, and at ordinary work.
+
+Each attack defines `f`, and is judged by `assert f(7) == 1234567`. Code that tries to forge a verdict cannot know the number;
+code that tries to reach something returns it if it got there. So for every row: a pass is a hole. After each batch honest
+code must still pass, and nothing may be left behind. Bombs are bounded by their own loops, in case a wall is missing.
+
+    python -m tests.test_sandbox        # the table of docs/SANDBOX.md: attacks that got through, by user and layers left out
+"""
+
+import inspect
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanorlhf import sandbox
+from nanorlhf.errors import InputError
+from nanorlhf.jail import walls
+from nanorlhf.sandbox import Outcome, Sandbox, decode, encode, same
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
+
+OUTSIDE = f"{tempfile.gettempdir()}/nanorlhf_sandbox_{os.getpid()}"  # a folder anyone may write to, with a canary in it
+SHARED = f"/dev/shm/nanorlhf_sandbox_{os.getpid()}"
+SECRET = 1234567
+TEST = f"assert f(7) == {SECRET}"
+HONEST = ("def f(x): return x * 2", ["assert f(7) == 14"], "f")
+
+
+def tries(body):
+    """f tries something and returns the secret if no exception stopped it."""
+    return "def f(x):\n" + textwrap.indent(textwrap.dedent(body).strip(), "    ") + f"\n    return {SECRET}\n"
+
+
+def native(number, *args):
+    """A raw system call, as a body for `tries`."""
+    return f"""
+        import ctypes
+        lib = ctypes.CDLL(None, use_errno=True)
+        lib.syscall.restype = ctypes.c_long
+        if lib.syscall({', '.join(map(str, (number, *args)))}) < 0:
+            raise OSError(ctypes.get_errno())"""
+
+
+FORGED = """
+import json, os, struct
+def frame(message):
+    data = json.dumps(message).encode()
+    return struct.pack("<I", len(data)) + data
+"""
+
+ATTACKS = {
+    # time
+    "endless loop": "def f(x):\n    while True: pass",
+    "endless loop at import": "while True: pass",
+    "endless loop that eats exceptions": "def f(x):\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass",
+    "sleeps for ever": "import time\ndef f(x): time.sleep(1e6)",
+    "masked signals": "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\ndef f(x):\n    while True: pass",
+    "ignored signals": "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+                       "    except Exception: pass\ndef f(x):\n    while True: pass",
+    "regex catastrophe": "import re\ndef f(x): return re.match('(a+)+$', 'a' * 60 + 'b')",
+    "huge power": "def f(x): return 10 ** 10 ** 10",
+    "huge int as text": "import sys\nsys.set_int_max_str_digits(0)\ndef f(x): return len(str(7 ** 10_000_000))",
+    "endless generator as value": "def f(x): return iter(int, 1)",
+    "deadlock": "import threading\ndef f(x):\n    lock = threading.Lock(); lock.acquire(); lock.acquire()",
+    "slow answer, byte by byte": FORGED + "import time\ndef f(x):\n    for b in frame({'value': 1}):\n        os.write(3, bytes([b])); time.sleep(.2)",
+    # memory, output, descriptors, processes
+    "memory bomb": tries("a = bytearray(400 << 20)"),
+    "memory bomb in small pieces": tries("a = []\nfor i in range(400): a.append(bytearray(1 << 20))"),
+    "memory map bomb": tries("import mmap\nm = mmap.mmap(-1, 400 << 20)"),
+    "string doubling": "def f(x):\n    s = 'a'\n    while len(s) < 1 << 29: s += s\n    return 1234567",
+    "output bomb": "def f(x):\n    while True: print('x' * 1_000_000)",
+    "verdict on stdout and stderr": "import sys\ndef f(x):\n    print('ok passed 1234567'); sys.stderr.write('ok')\n    return 0",
+    "descriptor bomb": tries("import os\nfor i in range(1000): os.dup(0)"),
+    "pipe bomb": tries("import os\na = [os.pipe() for i in range(500)]"),
+    "fork": tries("import os\nif os.fork() == 0: os._exit(0)"),
+    "fork bomb": "import os\ndef f(x):\n    for i in range(20):\n        try: os.fork()\n        except OSError: return 0\n    return 1234567",
+    "daemon by double fork": tries("import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(30)\n    os._exit(0)"),
+    "subprocess": tries("import subprocess\nsubprocess.run(['/bin/true'], check=True)"),
+    "os.system": tries("import os\nassert os.system('true') == 0"),
+    "exec": tries("import os\nos.execv('/bin/true', ['true'])"),
+    "multiprocessing": tries("import multiprocessing as m\np = m.get_context('fork').Process(target=int); p.start(); p.join()"),
+    "posix_spawn": tries("import os\nos.posix_spawn('/bin/true', ['true'], {})"),
+    "thread bomb": tries("import threading, time\nthreading.stack_size(65536)\n"
+                         "for i in range(300): threading.Thread(target=time.sleep, args=(5,), daemon=True).start()"),
+    "vfork by system call": tries(native(58)),
+    "clone by system call": tries(native(56, 17, 0, 0, 0, 0)),
+    "clone3 by system call": tries(native(435, 0, 0)),
+    # other processes
+    "kill the parent": tries("import os\nos.kill(os.getppid(), 9)"),
+    "kill everyone": tries("import os\nos.kill(-1, 9)"),
+    "kill the group": tries("import os\nos.killpg(0, 9)"),
+    "stop the parent": tries("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)"),
+    "ptrace": tries(native(101, 16, "__import__('os').getppid()", 0, 0)),
+    "process_vm_readv": tries(native(310, "__import__('os').getppid()", 0, 0, 0, 0, 0)),
+    "memory of the parent": tries("import os\nopen(f'/proc/{os.getppid()}/mem', 'rb').read(1)"),
+    "pidfd_open": tries(native(434, 1, 0)),
+    "signal by owning a descriptor": tries("import fcntl, os\nfcntl.fcntl(3, fcntl.F_SETOWN, os.getppid())"),
+    "choose that signal": tries("import fcntl\nfcntl.fcntl(3, 10, 9)"),
+    "raise its priority": tries("import os\nos.setpriority(os.PRIO_PROCESS, 0, -20)"),
+    "other scheduler": tries("import os\nos.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"),
+    # files
+    "read /etc/passwd": tries("open('/etc/passwd').read()"),
+    "list /": tries("import os\nassert os.listdir('/')"),
+    "list the home": tries("import os\nos.listdir('/root')"),
+    "environment of the parent": tries("open('/proc/1/environ').read()"),
+    "own command line": tries("open('/proc/self/cmdline').read()"),
+    "own maps": tries("open('/proc/self/maps').read()"),
+    "other processes in /proc": tries("import os\nos.listdir('/proc')"),
+    "mounts": tries("open('/proc/mounts').read()"),
+    "write to a file": tries(f"open('{OUTSIDE}/broken', 'w')"),
+    "write to shared memory": tries(f"open('{SHARED}', 'w')"),
+    "temporary file": tries("import tempfile\ntempfile.TemporaryFile()"),
+    "append to the standard library": tries("import os\nopen(os.__file__, 'a')"),
+    "remove a file": tries(f"import os\nos.remove('{OUTSIDE}/canary')"),
+    "change a mode": tries(f"import os\nos.chmod('{OUTSIDE}', 0o700)"),
+    "link": tries(f"import os\nos.symlink('/etc', '{OUTSIDE}/broken')"),
+    "leave by chdir and ..": tries("import os\nos.chdir('../../../../..'); assert os.listdir('.')"),
+    "memfd": tries("import os\nos.memfd_create('x')"),
+    "raw open by system call": tries(native(2, "b'/etc/passwd'", 0)),
+    "openat2": tries(native(437, -100, "b'/etc/passwd'", "bytes(24)", 24)),
+    "raw device": tries("open('/dev/mem', 'rb')"),
+    "inherited descriptors": "import os\ndef f(x):\n    for fd in range(4, 1000):\n        try: os.fstat(fd)\n"
+                             "        except OSError: continue\n        return 1234567\n    return 0",
+    "inherited environment": "import os\ndef f(x): return 1234567 if set(os.environ) - {'PYTHONHASHSEED', 'MALLOC_ARENA_MAX', 'LC_CTYPE'} else 0",
+    # the network
+    "socket": tries("import socket\nsocket.socket()"),
+    "Unix socket": tries("import socket\nsocket.socket(socket.AF_UNIX)"),
+    "raw socket": tries("import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)"),
+    "netlink": tries("import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"),
+    "download": tries("import urllib.request\nurllib.request.urlopen('http://127.0.0.1:1')"),
+    "send to an address over a pair": tries("import socket\na, b = socket.socketpair(type=socket.SOCK_DGRAM)\na.sendto(b'x', '\\0x')"),
+    "pass descriptors": tries("import socket\na, b = socket.socketpair()\nsocket.send_fds(a, [b'x'], [0])"),
+    # the kernel
+    "raise a limit": tries("import resource\nresource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)"),
+    "raise a limit of the parent": tries("import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))"),
+    "become root": tries("import os\nos.setresuid(0, 0, 0); assert os.getuid() == 0"),
+    "is root": "import os\ndef f(x): return 1234567 if os.getuid() == 0 else 0",
+    "unshare": tries(native(272, 0x10000000)),
+    "mount": tries(native(165, "b'none'", "b'/'", "b'tmpfs'", 0, 0)),
+    "chroot": tries("import os\nos.chroot('/')"),
+    "io_uring": tries(native(425, 4, "bytes(120)")),
+    "bpf": tries(native(321, 5, "bytes(48)", 48)),
+    "perf_event_open": tries(native(298, "bytes(112)", 0, -1, -1, 0)),
+    "userfaultfd": tries(native(323, 0)),
+    "keyring": tries(native(248, "b'user'", "b'k'", "b'v'", 1, -3)),
+    "prctl": tries(native(157, 4, 1)),
+    "second seccomp filter": tries(native(317, 0, 0, 0)),
+    "reboot": tries(native(169, 0, 0, 0)),
+    "shared memory, System V": tries(native(29, 0, 4096, 0o1600)),
+    "32-bit system call numbers": tries(native(0x40000000 + 39)),
+    # ending early
+    "os._exit": "import os\nos._exit(0)",
+    "os._exit in the call": "import os\ndef f(x): os._exit(0)",
+    "sys.exit": "import sys\ndef f(x): sys.exit(0)",
+    "sys.exit at import": "import sys\nsys.exit(0)",
+    "raises its own pass": "def f(x): raise StopIteration",
+    "raises an assertion": "def f(x): raise AssertionError",
+    "raises KeyboardInterrupt": "def f(x): raise KeyboardInterrupt",
+    "exception with a hostile str": "class E(Exception):\n    def __str__(self): import os; os._exit(0)\ndef f(x): raise E",
+    "null pointer": "import ctypes\ndef f(x): ctypes.string_at(0)",
+    "abort": "import os\ndef f(x): os.abort()",
+    "stack overflow": "import sys\nsys.setrecursionlimit(10 ** 9)\nclass A:\n    def __getattr__(self, n): return getattr(self, n + 'x')\n"
+                      "def g(): return repr_(lambda: g())\ndef repr_(h): return [h()].__repr__()\ndef f(x): return g()",
+    "writes over a constant": "import ctypes\nctypes.memmove(id(7) + 24, (7654321).to_bytes(4, 'little'), 4)\ndef f(x): return 7",
+    # forged verdicts
+    "forged verdict": FORGED + "def f(x):\n    os.write(3, frame({'status': 'ok', 'passed': True, 'value': True}))\n    return 0",
+    "forged answers in advance": FORGED + "for i in range(20): os.write(3, frame({'value': True}))\ndef f(x): return 0",
+    "forged handle": FORGED + "def f(x):\n    os.write(3, frame({'value': {'kept': [0, 'int']}}))\n    return 0",
+    "forged text of a frame": FORGED + "def f(x):\n    os.write(3, b'\\x00' * 4 + b'ok passed true')\n    return 0",
+    "frame of 4 GB": FORGED + "def f(x):\n    os.write(3, struct.pack('<I', 2**32 - 1) + b'x' * 100)\n    return 0",
+    "nested JSON bomb": FORGED + "def f(x):\n    os.write(3, struct.pack('<I', 400000) + b'[' * 400000)\n    return 0",
+    "closes its descriptor": "import os\ndef f(x):\n    os.close(3)\n    return 0",
+    "replaces its descriptor": "import os, socket\ndef f(x):\n    a, b = socket.socketpair(); os.dup2(a.fileno(), 3)\n    return 0",
+    "patched answer loop": "import sys\nfor m in list(sys.modules.values()):\n    if hasattr(m, 'encode') and hasattr(m, 'decode'):\n"
+                           "        m.encode = lambda value, keep=None: True\n        m.same = m._strict = lambda a, b=0: True\ndef f(x): return 0",
+    "patched json": "import json\njson.dumps = lambda m: '{\"value\": true}'\ndef f(x): return 0",
+    "patched builtins": "import builtins\nbuiltins.AssertionError = None\nbuiltins.all = builtins.any = lambda *a: True\ndef f(x): return 0",
+    "patched operator module": "import operator\noperator.eq = lambda a, b: True\ndef f(x): return 0",
+    "trace function": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(print)\ndef f(x): return 0",
+    "atexit": "import atexit\natexit.register(print, 'ok')\ndef f(x): return 0",
+    # hunting the expected value
+    "frame hunt": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
+                  "        for v in [*frame.f_locals.values(), *frame.f_globals.values()]:\n"
+                  "            if type(v) is int and v > 10**6 and v < 10**7: return v\n"
+                  "            if type(v) is str and 'f(7)' in v: return int(v.split()[-1])\n        frame = frame.f_back",
+    "gc hunt": "import gc\ndef f(x):\n    for o in gc.get_objects():\n        if type(o) in (tuple, list, dict):\n"
+               "            for v in (o.values() if type(o) is dict else o):\n"
+               "                if type(v) is int and 1234500 < v < 1234600: return v\n"
+               "                if type(v) is str and v.startswith('assert f(7)'): return int(v.split()[-1])",
+    "hunt in sys.modules": "import sys\ndef f(x):\n    for m in list(sys.modules.values()):\n        for v in list(vars(m).values()):\n"
+                           "            if type(v) is int and 1234500 < v < 1234600: return v",
+    "hunt in sys.argv and flags": "import sys\ndef f(x): return next(int(a) for a in sys.orig_argv if '12345' in a)",
+    "peeks at the next question": "import os, re\ndef f(x):\n    os.set_blocking(3, False)\n    return int(re.findall(b'[0-9]{7}', os.read(3, 10000))[0])",
+    # tricks with values
+    "equal to everything": "class E:\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\n    __hash__ = None\ndef f(x): return E()",
+    "int subclass equal to everything": "class E(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\ndef f(x): return E(3)",
+    "bool subclass by metaclass": "class M(type):\n    def __instancecheck__(c, o): return True\nclass E(metaclass=M):\n"
+                                  "    def __eq__(self, o): return True\ndef f(x): return E",
+    "float subclass": "class E(float):\n    def __eq__(self, o): return True\n    __hash__ = float.__hash__\ndef f(x): return E(3)",
+    "reflected comparison": "class E(int):\n    def __rxor__(self, o): return 0\n    def __eq__(self, o): return True\n    def __index__(self): return 1234567\n"
+                            "    def __pos__(self): return 1\n    __hash__ = None\ndef f(x): return E(3)",
+    "lying class attribute": "class E:\n    __class__ = int\n    def __eq__(self, o): return True\ndef f(x): return E()",
+    "unittest.mock.ANY": "from unittest import mock\ndef f(x): return mock.ANY",
+    "deep list": "def f(x):\n    a = []\n    for i in range(100000): a = [a]\n    return a",
+    "cyclic list": "def f(x):\n    a = []; a.append(a)\n    return a",
+    "wide and shared": "def f(x):\n    a = [0]\n    for i in range(45): a = [a, a]\n    return a",
+    "large value": "def f(x): return 'x' * (50 << 20)",
+    "huge int": "def f(x): return 1 << 10 ** 8",
+    "NaN": "def f(x): return float('nan')",
+    "pickle gadget": "class E:\n    def __reduce__(self): import os; return os.system, ('true',)\ndef f(x): return E()",
+    "hash collisions": "def f(x): return {i * (2 ** 61 - 1): 0 for i in range(20000)}",
+    "endless iterator": "class E:\n    def __iter__(self): return self\n    def __next__(self): return 1\ndef f(x): return E()",
+    "a value that is a test": "def f(x): return 'assert True'",
+    "True for 1": ("def f(x): return True", "assert f(7) == 1"),
+    "1 for True": ("def f(x): return 1", "assert f(7) == True"),
+    "True for 1 in a chain": ("def f(x): return True", "assert 0 < f(7) == 1"),
+    "True for 1, nested": ("def f(x): return {'a': [(True, 2)]}", "assert f(7) == {'a': [(1, 2)]}"),
+    "True in a list of numbers": ("def f(x): return True", "assert f(7) in [0, 1]"),
+    "two wrongs by !=": ("class E:\n    def __ne__(self, o): return True\ndef f(x): return E()", "assert not f(7) != 3"),
+    "endless list": ("class E:\n    def __iter__(self): return self\n    def __next__(self): return 1\ndef f(x): return E()",
+                     "assert list(f(7)) == [1]"),
+    "lying length": ("class E:\n    def __len__(self): return 3\n    def __getitem__(self, i): return self\n"
+                     "    def __eq__(self, o): return True\ndef f(x): return E()", "assert len(f(7)) == 3 and f(7)[0] == 5"),
+    "ends while a test catches all": ("import os\ndef f(x): os._exit(0)", "try:\n    f(7)\nexcept BaseException:\n    pass"),
+    "loops while a test catches all": ("def f(x):\n    while True: pass", "while True:\n    try:\n        f(7)\n    except BaseException:\n        break"),
+    "no answer while a test catches all": ("def f(x): return 'x' * (2 << 20)", "try:\n    f(7)\nexcept BaseException:\n    pass"),
+    "a value that keeps the judge busy": ("def f(x): return 10 ** 4", "assert 7 ** f(7) ** f(7) == 0"),
+    "another name for the test's helper": ("def same(a, b): return True\n__same__ = isclose = same\nimport math\nmath.isclose = same\n"
+                                           "def f(x): return 0", "assert math.isclose(f(7), 3)"),
+    "sort key of the code's choice": ("def f(x): return [3, 1]", "assert sorted(f(7), key=lambda v: v) == [3, 1]"),
+    "changes its argument": ("def f(x):\n    x.clear()\n    return []", "xs = [2, 1]\nassert f(xs) == sorted(xs)"),
+    # sources
+    "null byte": "def f(x): return 0\0",
+    "lone surrogate": "def f(x): return '\ud800'\n# \udfff",
+    "right-to-left override": "def f(x): return 0 #\u202e 7654321 nruter",
+    "nested parentheses": "x = " + "(" * 100_000 + ")" * 100_000,
+    "nested blocks": "\n".join(" " * i + "if 1:" for i in range(2000)),
+    "long source": "x = 1\n" * 400_000,
+    "constant folding bomb": "x = ((((2 ** 64) ** 64) ** 64) ** 64) ** 64\ndef f(x): return 0",
+    "coding cookie": "# coding: rot13\nqrs s(k): erghea 1234567",
+    "no f": "g = 1234567",
+    "f is a value": "f = 1234567",
+    "syntax error": "def f(x: return 1234567",
+}
+
+
+# ---- ordinary programs: (code, tests); the entry point is what the tests name
+
+PROGRAMS = {
+    "arithmetic": ("def f(a, b): return a + b", ["assert f(1, 2) == 3", "assert f(-1, 1) == 0"]),
+    "float": ("def f(a): return a / 2", ["assert f(3) == 1.5", "assert abs(f(1) - 0.5) < 1e-9", "assert f(4) == 2"]),
+    "keyword arguments": ("def f(a, *b, c=0, **d): return a + sum(b) + c + sum(d.values())", ["assert f(1, 2, 3, c=4, e=5) == 15"]),
+    "string": ("def f(s): return s[::-1].upper()", ["assert f('abc') == 'CBA'"]),
+    "unicode": ("def f(s): return s + '\u00e9\u4e2d\U0001f600'", ["assert f('x') == 'x\u00e9\u4e2d\U0001f600'"]),
+    "bytes": ("def f(b): return b.hex().encode()", ["assert f(b'\\x00\\xff') == b'00ff'"]),
+    "bool": ("def f(n): return n % 2 == 0", ["assert f(2) is True", "assert f(3) == False", "assert not f(5)"]),
+    "None": ("def f(x): pass", ["assert f(1) is None"]),
+    "complex number": ("def f(x): return x * 1j", ["assert f(2) == 2j"]),
+    "big int": ("import math\ndef f(n): return math.factorial(n)", ["import math\nassert f(2000) == math.factorial(2000)"]),
+    "NaN comes back": ("def f(): return float('nan')", ["assert f() != f()", "import math\nassert math.isnan(f())"]),
+    "infinity": ("def f(): return -float('inf')", ["assert f() == float('-inf')"]),
+    "list of lists": ("def f(m): return [list(r) for r in zip(*m)]", ["assert f([[1, 2], [3, 4]]) == [[1, 3], [2, 4]]"]),
+    "tuple is not list": ("def f(x): return tuple(x)", ["assert f([1]) == (1,)", "assert f([1]) != [1]"]),
+    "set": ("def f(x): return set(x)", ["assert f([1, 1, 2]) == {1, 2}", "assert 2 in f([2])"]),
+    "frozenset in a dict": ("def f(x): return {frozenset(x): 1}", ["assert f([1]) == {frozenset([1]): 1}"]),
+    "dict": ("def f(a, b): return dict(zip(a, b))", ["assert f(['x'], [1]) == {'x': 1}", "assert f('ab', [1, 2])['b'] == 2"]),
+    "Counter": ("import collections\ndef f(s): return collections.Counter(s)", ["assert f('aab') == {'a': 2, 'b': 1}"]),
+    "defaultdict": ("from collections import defaultdict\ndef f(s):\n    d = defaultdict(list)\n    for c in s: d[c].append(1)\n    return d",
+                    ["assert f('aa') == {'a': [1, 1]}"]),
+    "OrderedDict": ("from collections import OrderedDict\ndef f(): return OrderedDict(a=1)", ["assert f() == {'a': 1}"]),
+    "namedtuple": ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)", ["assert f() == (1, 2)"]),
+    "deque in list()": ("from collections import deque\ndef f(): return deque([1, 2])", ["assert list(f()) == [1, 2]"]),
+    "generator": ("def f(n):\n    for i in range(n): yield i * i", ["assert list(f(4)) == [0, 1, 4, 9]", "g = f(9)\nassert next(g) == 0\nassert next(g) == 1"]),
+    "range": ("def f(n): return range(n)", ["assert sum(f(4)) == 6", "assert len(f(4)) == 4"]),
+    "map": ("def f(x): return map(str, x)", ["assert ' '.join(f([1, 2])) == '1 2'"]),
+    "class": ("class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n"
+              "    def pop(self): return self.items.pop()\n    def __len__(self): return len(self.items)",
+              ["s = Stack()\ns.push(1)\ns.push('a')\nassert len(s) == 2\nassert s.pop() == 'a'\nassert s.items == [1]"]),
+    "dataclass": ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2", ["assert P(1).y == 2", "assert str(P(1)) == 'P(x=1, y=2)'"]),
+    "instance as argument": ("class N:\n    def __init__(self, v, n=None): self.v, self.n = v, n\ndef f(n):\n    t = 0\n    while n: t += n.v; n = n.n\n    return t",
+                             ["assert f(N(1, N(2))) == 3"]),
+    "lambda as argument": ("def f(g, x): return [g(g(v)) for v in x]", ["assert f(lambda v: v + 1, [1]) == [3]"]),
+    "closure": ("def f(n):\n    return lambda x: x + n", ["assert f(2)(3) == 5"]),
+    "decorator": ("import functools\n@functools.lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)", ["assert f(80) == 23416728348467685"]),
+    "raises": ("def f(x):\n    if x < 0: raise ValueError('negative')\n    return x",
+               ["try:\n    f(-1)\n    raised = False\nexcept ValueError as e:\n    raised = 'negative' in str(e)\nassert raised"]),
+    "raises its own error": ("class E(KeyError): pass\ndef f(): raise E('k')", ["try:\n    f()\nexcept KeyError:\n    pass\nelse:\n    assert False"]),
+    "UnicodeDecodeError": ("def f(): return b'\\xff'.decode()", ["try:\n    f()\nexcept UnicodeDecodeError:\n    pass\nelse:\n    assert False"]),
+    "check(candidate)": ("def f(x): return -x", ["def check(candidate):\n    assert candidate(1) == -1\n    assert all(candidate(i) == -i for i in range(5))\ncheck(f)"]),
+    "math in the test": ("def f(x): return x ** .5", ["assert math.isclose(f(2), 1.41421356, rel_tol=1e-6)"]),
+    "prints": ("def f(x):\n    print('hello', x)\n    return x", ["assert f(1) == 1"]),
+    "recursion": ("def f(n): return 0 if n == 0 else 1 + f(n - 1)", ["assert f(900) == 900"]),
+    "main guard": ("def f(): return 1\nif __name__ == '__main__':\n    input()", ["assert f() == 1"]),
+    "walrus and match": ("def f(x):\n    match x:\n        case [a, *_] if (n := a) > 0: return n\n        case _: return None", ["assert f([3, 4]) == 3", "assert f([]) is None"]),
+    "chained comparison": ("def f(x): return x", ["assert 0 < f(1) < 2", "assert f(2) == 2 == f(2)", "assert f(1) not in [2, 3]"]),
+    "a chain calls once": ("xs = [1, 2, 3, 4]\ndef f(): return xs.pop(0)", ["assert 1 == f() == 1", "assert 1 < f() < 3 != 4", "assert not 3 == 4 == f()",
+                                                                      "assert (n := f()) == 3 and n in [3]"]),
+    "threads": ("from concurrent.futures import ThreadPoolExecutor\ndef f(n):\n    with ThreadPoolExecutor(4) as pool: return list(pool.map(abs, range(-n, 0)))", ["assert f(3) == [3, 2, 1]"]),
+    "asyncio": ("import asyncio\nasync def g(x):\n    await asyncio.sleep(0.001)\n    return x\ndef f(): return asyncio.run(g(3))", ["assert f() == 3"]),
+    "strptime": ("import datetime\ndef f(s): return datetime.datetime.strptime(s, '%d %B %Y').isoformat()", ["assert f('7 May 2021') == '2021-05-07T00:00:00'"]),
+    "strftime": ("import time\ndef f(): return time.strftime('%Y', time.gmtime(0))", ["assert f() == '1970'"]),
+    "textwrap": ("def f(s):\n    import textwrap\n    return textwrap.wrap(s, 5)", ["assert f('ab cd ef') == ['ab cd', 'ef']"]),
+    "base64": ("def f(b):\n    import base64\n    return base64.b64encode(b).decode()", ["assert f(b'abc') == 'YWJj'"]),
+    "binascii": ("def f(b):\n    import binascii\n    return binascii.crc32(b)", ["assert f(b'abc') == 891568578"]),
+    "calendar": ("def f(y):\n    import calendar\n    return calendar.isleap(y), calendar.month_name[2]", ["assert f(2024) == (True, 'February')"]),
+    "csv": ("def f(t):\n    import csv, io\n    return list(csv.reader(io.StringIO(t)))", ["assert f('a,b\\n1,\"2,3\"') == [['a', 'b'], ['1', '2,3']]"]),
+    "json": ("import json\ndef f(s): return json.loads(s)", ["assert f('{\"a\": [1, null, true]}') == {'a': [1, None, True]}"]),
+    "re": ("import re\ndef f(s): return re.findall(r'\\d+', s)", ["assert f('a1b22') == ['1', '22']"]),
+    "match object": ("import re\ndef f(s): return re.match('(a)(b)', s)", ["assert f('ab')", "assert f('ab').group(2) == 'b'", "assert f('x') is None"]),
+    "hashlib": ("import hashlib\ndef f(b): return hashlib.md5(b).hexdigest()", ["assert f(b'') == 'd41d8cd98f00b204e9800998ecf8427e'"]),
+    "itertools": ("import itertools\ndef f(x): return list(itertools.permutations(x, 2))", ["assert f('ab') == [('a', 'b'), ('b', 'a')]"]),
+    "heapq and bisect": ("import heapq, bisect\ndef f(x): return heapq.nsmallest(2, x), bisect.bisect([1, 3], 2)", ["assert f([3, 1, 2]) == ([1, 2], 1)"]),
+    "decimal": ("from decimal import Decimal\ndef f(): return Decimal('0.1') + Decimal('0.2')", ["assert str(f()) == '0.3'", "assert float(f()) == 0.3"]),
+    "fractions": ("from fractions import Fraction\ndef f(): return str(Fraction(1, 3) + Fraction(1, 6))", ["assert f() == '1/2'"]),
+    "enum": ("import enum\nclass C(enum.IntEnum):\n    A = 3\ndef f(): return C.A", ["assert f() == 3"]),
+    "random, seeded": ("import random\ndef f(): return random.Random(0).randint(1, 100)", ["import random\nassert f() == random.Random(0).randint(1, 100)"]),
+    "random.shuffle": ("import random\ndef f(x):\n    x = list(x); random.shuffle(x)\n    return sorted(x)", ["assert f([2, 1]) == [1, 2]"]),
+    "statistics": ("import statistics\ndef f(x): return statistics.median(x)", ["assert f([1, 3, 2]) == 2"]),
+    "xml": ("import xml.etree.ElementTree as E\ndef f(s): return [e.tag for e in E.fromstring(s)]", ["assert f('<a><b/><c/></a>') == ['b', 'c']"]),
+    "html": ("import html\ndef f(s): return html.unescape(s)", ["assert f('&lt;&eacute;') == '<\u00e9'"]),
+    "urllib.parse": ("import urllib.parse\ndef f(u): return urllib.parse.parse_qs(urllib.parse.urlparse(u).query)", ["assert f('http://a/?b=1') == {'b': ['1']}"]),
+    "sqlite3": ("import sqlite3\ndef f():\n    c = sqlite3.connect(':memory:')\n    return c.execute('select 1 + 1').fetchall()", ["assert f() == [(2,)]"]),
+    "zlib and pickle": ("import zlib, pickle\ndef f(x): return pickle.loads(zlib.decompress(zlib.compress(pickle.dumps(x))))", ["assert f([1]) == [1]"]),
+    "encodings": ("import codecs\ndef f(s): return codecs.encode(s, 'rot13'), s.encode('utf-16-le'), s.encode('cp1252')", ["assert f('ab') == ('no', b'a\\0b\\0', b'ab')"]),
+    "os.path": ("import os\ndef f(p): return os.path.splitext(os.path.basename(p))", ["assert f('/a/b.txt') == ('b', '.txt')"]),
+    "pathlib": ("from pathlib import Path\ndef f(p): return Path(p).suffix", ["assert f('/a/b.txt') == '.txt'"]),
+    "uuid and secrets": ("import uuid, secrets\ndef f(): return len(str(uuid.uuid4())), len(secrets.token_hex(4))", ["assert f() == (36, 8)"]),
+    "ast.literal_eval": ("import ast\ndef f(s): return ast.literal_eval(s)", ["assert f('[1, (2,)]') == [1, (2,)]"]),
+    "exec and eval": ("def f(s):\n    names = {}\n    exec(s, names)\n    return eval('a + 1', names)", ["assert f('a = 1') == 2"]),
+    "StringIO and redirect": ("import io, contextlib\ndef f():\n    out = io.StringIO()\n    with contextlib.redirect_stdout(out): print('x')\n    return out.getvalue()", ["assert f() == 'x\\n'"]),
+    "logging and warnings": ("import logging, warnings\ndef f():\n    logging.warning('w'); warnings.warn('w')\n    return 1", ["assert f() == 1"]),
+    "typing and abc": ("import abc, typing\nclass A(abc.ABC):\n    @abc.abstractmethod\n    def g(self): ...\ndef f(x: typing.Optional[int] = None) -> int: return 1", ["assert f() == 1"]),
+    "inspect": ("import inspect\ndef f(a, b=1): return list(inspect.signature(f).parameters)", ["assert f(1) == ['a', 'b']"]),
+    "50 MB of memory": ("def f(): return len(bytearray(50 << 20))", ["assert f() == 50 << 20"]),
+    "large value": ("def f(n): return list(range(n))", ["assert f(20000) == list(range(20000))"]),
+}
+
+ENTRY = {"class": "Stack", "dataclass": "P", "instance as argument": ("f", "N")}  # where it is not `f`
+
+# Attacks on the time limit: with a short one, once for each user, and not again for each layer left out.
+SLOW = ["endless loop", "endless loop at import", "endless loop that eats exceptions", "sleeps for ever", "masked signals",
+        "ignored signals", "regex catastrophe", "huge power", "huge int as text", "deadlock", "slow answer, byte by byte",
+        "output bomb", "stack overflow", "large value", "hash collisions", "endless list", "loops while a test catches all",
+        "a value that keeps the judge busy", "constant folding bomb", "fork bomb", "string doubling"]
+FAST = [name for name in ATTACKS if name not in SLOW]
+ON_WALLS = FAST[:FAST.index("forged verdict")]  # those after it attack the judge, whatever the layers are
+
+
+def attack(name):
+    """A job of `check_many`."""
+    row = ATTACKS[name]
+    code, test = row if isinstance(row, tuple) else (row, TEST)
+    return code, [test], "f"
+
+
+def program(name):
+    code, tests = PROGRAMS[name]
+    return code, tests, ENTRY.get(name, "f")
+
+
+# ---- work in a process of its own, as this user and as nobody
+
+def members(sessions):
+    """Living processes of these sessions: the sandbox gives each process that it starts one of its own."""
+    found = set()
+    for entry in os.scandir("/proc"):
+        try:
+            state, _, _, session, *_ = open(f"/proc/{entry.name}/stat").read().rpartition(")")[2].split()
+        except (OSError, ValueError):
+            continue
+        if int(session) in sessions and state != "Z":
+            found.add(int(entry.name))
+    return found
+
+
+def work(jobs, values, options):
+    """What a sandbox says of jobs and of values, and which processes it had before, after, and when it was closed."""
+    with Sandbox(**options) as box:
+        if not box.layers["seccomp"] and not (box.layers["pid_namespace"] and box.layers["own_user"] and box.layers["rlimits"]):
+            raise SystemExit("too dangerous: without seccomp, an attack may reach what is not the sandbox's")
+        before = len(members({p.pid for w in box.workers for p in w.processes}))
+        outcomes = [[o.passed, o.status, o.detail, o.seconds] for o in box.check_many(jobs)]
+        values = [box.evaluate(**each).value for each in values]
+        honest = [any(box.check("def f(x): return x * 2", [f"assert f({i}) == {2 * i}"], "f").passed for _ in range(5))
+                  for i in range(4)]  # a busy machine may need more than a short limit
+        sessions, end = {p.pid for w in box.workers for p in w.processes}, time.monotonic() + 5
+        while len(members(sessions)) != before and time.monotonic() < end:
+            time.sleep(0.02)  # the last child is being buried
+        after, layers = len(members(sessions)), {k: v if v else str(v) for k, v in box.layers.items()}
+    return {"outcomes": outcomes, "values": values, "honest": honest, "layers": layers, "before": before, "after": after,
+            "closed": len(members(sessions))}
+
+
+SCRIPT = "import json, os, sys, time\nfrom nanorlhf.sandbox import Sandbox\n" + inspect.getsource(members) + inspect.getsource(work)
+SCRIPT += "print(json.dumps(work(*json.load(sys.stdin))))"
+NOBODY = {"user": 65534, "group": 65534, "extra_groups": []}
+
+
+def runner(python, folder, **become):
+    """`work` in a process of its own."""
+    def run(jobs, values=(), **options):
+        command = [python, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n" + SCRIPT]
+        done = subprocess.run(command, **become, input=json.dumps([jobs, values, {"timeout": 0.5} | options]), cwd="/", env={},
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+    return run
+
+
+def nobody_runner(folder):
+    """`runner` as nobody, of a copy of the package in `folder`; a reason why not as text."""
+    if os.geteuid() != 0:
+        return "only root can become nobody; this user is unprivileged already"
+    shutil.copytree(ROOT / "nanorlhf", folder / "nanorlhf", ignore=lambda at, names: [
+        name for name in names if Path(at).name != "jail" and name not in ("__init__.py", "errors.py", "sandbox.py", "jail")])
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755)
+    check = f"import sys; assert sys.version_info >= (3, 11); sys.path.append({str(folder)!r}); import nanorlhf"
+    for python in (sys.executable, sys._base_executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        try:
+            if not subprocess.run([python, "-c", check], **NOBODY, cwd="/", env={}, stderr=subprocess.DEVNULL).returncode:
+                return runner(python, folder, **NOBODY)
+        except OSError:
+            continue
+    return "nobody may run no Python 3.11 or later on this machine"
+
+
+@pytest.fixture(scope="module")
+def outside():
+    """What attacks on files try to change."""
+    os.mkdir(OUTSIDE)
+    os.chmod(OUTSIDE, 0o777)
+    canary = Path(OUTSIDE, "canary")
+    canary.write_text("sings")
+    canary.chmod(0o666)
+    yield canary
+    shutil.rmtree(OUTSIDE)
+    Path(SHARED).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def runners(outside):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        yield {"this user": runner(sys.executable, ROOT), "nobody": nobody_runner(Path(folder))}
+
+
+@pytest.fixture(scope="module", params=["this user", "nobody"])
+def run(request, runners):
+    if isinstance(runners[request.param], str):
+        pytest.skip(runners[request.param])
+    return runners[request.param]
+
+
+def untouched():
+    return os.listdir(OUTSIDE) == ["canary"] and Path(OUTSIDE, "canary").read_text() == "sings" and not os.path.exists(SHARED)
+
+
+# ---- attacks and programs
+
+@pytest.fixture(scope="module")
+def attacked(run):
+    said, slow = run([attack(name) for name in FAST], timeout=10), run([attack(name) for name in SLOW], timeout=0.25)
+    outcomes = dict(zip([*FAST, *SLOW], said["outcomes"] + slow["outcomes"]))
+    return {key: [said[key], slow[key]] for key in said} | {"outcomes": outcomes}
+
+
+@pytest.fixture(scope="module")
+def worked(run):
+    """Ordinary programs have time enough, even on a busy machine."""
+    said = run([program(name) for name in PROGRAMS], timeout=30)
+    return said | {"outcomes": dict(zip(PROGRAMS, said["outcomes"]))}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_fails(attacked, name):
+    passed, status, detail, seconds = attacked["outcomes"][name]
+    if name == "thread bomb" and "nproc" not in attacked["layers"][0]["rlimits"]:
+        pytest.skip("processes are counted by user, and this machine gives this user no namespace of its own")
+    assert not passed, f"{name} got through"
+    assert status in ("failed", "error", "timeout", "memory", "crashed")
+    assert detail.isprintable() and len(detail) <= 400 and seconds >= 0
+
+
+def test_attacks_leave_nothing_behind(attacked):
+    """Honest code passes after them; there is no process more, and none when the box is closed; no file changed."""
+    assert len(ATTACKS) >= 60 and all(map(all, attacked["honest"])) and untouched()
+    assert attacked["after"] == attacked["before"] and min(attacked["before"]) > 0 and attacked["closed"] == [0, 0]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_passes(worked, name):
+    assert worked["outcomes"][name][:3] == [True, "ok", ""]
+
+
+def test_programs_are_many(worked):
+    assert len(PROGRAMS) >= 60 and worked["after"] == worked["before"] and worked["closed"] == 0
+
+
+@pytest.mark.parametrize("without", [("landlock",), ("landlock", "chroot")], ids=" ".join)
+def test_programs_pass_where_no_file_can_be_read(run, without):
+    """Behind an empty root, or with no call to open, everything that honest code imports is there already."""
+    outcomes = run([program(name) for name in PROGRAMS], timeout=30, without=without)["outcomes"]
+    assert [name for name, outcome in zip(PROGRAMS, outcomes) if not outcome[0]] == []
+
+
+# ---- one layer less
+
+# What gets through when a layer is left out: everything else is held by two. Without no_new_privs there is no seccomp.
+# The limit of processes counts by user: it is set where the user is the sandbox's own, and root is exempt from it.
+REACHED = {"rlimits": {"memory bomb", "memory bomb in small pieces", "memory map bomb", "descriptor bomb", "pipe bomb"},
+           "own_user": {"is root", "thread bomb"} if os.geteuid() == 0 else set()}
+LEFT_OUT = ["net_namespace ipc_namespace subreaper undumpable", "pid_namespace", "rlimits", "landlock", "landlock chroot",
+            "own_user", "seccomp"]
+
+
+def needs_namespaces(run):
+    if run([])["layers"]["pid_namespace"] is not True:
+        pytest.skip("this machine gives this user no namespaces; without seccomp an attack would reach other processes")
+
+
+def reached(run, without, names=ON_WALLS, timeout=10):
+    """(what a run without these layers says, names of the attacks that got through)."""
+    assert not {"seccomp", "no_new_privs"} & set(without) or not {"pid_namespace", "own_user", "rlimits"} & set(without)
+    said = run([attack(name) for name in names], without=without, mode="weak", timeout=timeout, workers=1)
+    return said, {name for name, outcome in zip(names, said["outcomes"]) if outcome[0]}
+
+
+def left_out(run, layers):
+    if "seccomp" in layers:
+        needs_namespaces(run)
+    said, names = reached(run, layers.split())
+    for layer in layers.split():
+        assert said["layers"][layer] == "off: left out on request"
+    assert all(said["honest"]) and said["closed"] == 0 and untouched()
+    if said["layers"]["seccomp"] is True:
+        unlimited = set() if "nproc" in said["layers"]["rlimits"] else {"thread bomb"}
+        assert names == REACHED.get(layers, set()) | unlimited and said["after"] == said["before"]
+
+
+@pytest.mark.parametrize("layers", LEFT_OUT)
+def test_layer_left_out(runners, layers):
+    left_out(runners["this user"], layers)
+
+
+def test_seccomp_needs_no_new_privs():
+    """The kernel takes a filter only from a process that can gain no privileges; then auto refuses, naming the cause."""
+    with pytest.raises(InputError, match=r"missing seccomp \(.*(Permission|not permitted)"):
+        Sandbox(without=["no_new_privs"], workers=1)
+
+
+@pytest.mark.parametrize("layers", ["landlock", "seccomp", "user_namespace"])
+def test_layer_left_out_as_nobody(runners, layers):
+    if isinstance(runners["nobody"], str):
+        pytest.skip(runners["nobody"])
+    left_out(runners["nobody"], layers)
+
+
+CAPABILITIES = """
+import ctypes
+data = (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), data) == 0
+sum(data)
+"""
+
+
+def test_no_capability_is_kept(run):
+    """Not even those that an own user namespace grants; asked without seccomp, which refuses the question."""
+    said = run([], [{"code": CAPABILITIES}], without=["seccomp"], mode="weak", timeout=30, workers=1)
+    assert said["values"] == [0]
+
+
+def test_the_attacks_are_real(runners, outside):
+    """With neither seccomp nor a wall around files, attacks on them do get through (other walls hold the rest)."""
+    needs_namespaces(runners["this user"])
+    said, names = reached(runners["this user"], ["seccomp", "landlock", "chroot"])
+    Path(OUTSIDE, "broken").unlink(missing_ok=True)
+    Path(SHARED).unlink(missing_ok=True)
+    assert names >= {"read /etc/passwd", "list /", "write to a file", "remove a file", "socket", "fork", "memfd", "subprocess"}
+    assert all(said["honest"]) and said["closed"] == 0
+    outside.write_text("sings")
+
+
+# ---- modes
+
+@pytest.fixture(scope="module")
+def box():
+    with Sandbox(timeout=30, workers=1) as box:
+        yield box
+
+
+def test_layers_say_what_is_on(box):
+    assert box.layers["seccomp"] is True and box.layers["rlimits"]
+    for state in box.layers.values():
+        assert state is True or isinstance(state, str) and bool(state) != state.startswith("off: ")
+        assert "probe went through" not in str(state)
+
+
+def test_namespaces_are_its_own(box):
+    """What the zygote's processes see of network, shared memory and processes is not what we see."""
+    zygote = box.workers[0].processes[0].pid
+    inside = members({zygote}) - ({zygote} if box.layers["pid_namespace"] else set())
+    assert inside
+    for kind in ("net", "ipc", "pid"):
+        try:
+            spaces = {os.readlink(f"/proc/{pid}/ns/{kind}") for pid in inside}
+        except PermissionError:
+            pytest.skip("only root may look at the namespaces of others")
+        assert not box.layers[f"{kind}_namespace"] or os.readlink(f"/proc/self/ns/{kind}") not in spaces, kind
+
+
+def test_auto_and_require_fail_closed_naming_layer_and_cause():
+    for mode, layer in (("auto", "seccomp"), ("require", "seccomp"), ("require", "net_namespace"), ("require", "own_user")):
+        with pytest.raises(InputError, match=rf"'{mode}' will not run code here: missing .*{layer} \(left out on request\)"):
+            Sandbox(mode=mode, without=[layer], workers=1)
+    with pytest.raises(InputError, match="landlock or chroot"):
+        Sandbox(mode="require", without=["landlock", "chroot"], workers=1)
+
+
+def test_a_refusal_leaves_no_process():
+    mine = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    with pytest.raises(InputError):
+        Sandbox(mode="auto", without=["seccomp"], workers=1)
+    assert set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()) == mine
+
+
+def test_require_runs_where_every_layer_is():
+    try:
+        box = Sandbox(mode="require", workers=1, timeout=30)
+    except InputError as error:
+        pytest.skip(str(error))
+    with box:
+        assert box.check(*HONEST).passed and all(box.layers[name] for name in box.REQUIRED)
+
+
+def test_a_degraded_layer_is_logged(caplog):
+    with Sandbox(without=["net_namespace"], workers=1, timeout=30) as box:
+        assert box.check(*HONEST).passed and not box.layers["net_namespace"]
+    assert "net_namespace (left out on request)" in caplog.text
+
+
+def test_weak_runs_with_time_and_memory_limits_alone():
+    """As on macOS, where only rlimits exist. Nothing here attacks: there is hardly a wall."""
+    every = [name for name in Sandbox.LAYERS if name != "rlimits"]
+    with Sandbox(mode="weak", without=every, workers=1, timeout=30) as box:
+        assert [name for name, state in box.layers.items() if state] == ["rlimits"]
+        assert box.check(*HONEST).passed
+        assert box.evaluate("len(bytearray(400 << 20))").status == "memory"
+    with pytest.raises(InputError, match="seccomp"):
+        Sandbox(without=every, workers=1)
+
+
+def test_a_layer_that_the_probe_gets_through_is_off(monkeypatch):
+    """A layer is on by what code meets, not by what a system call returned."""
+    monkeypatch.setattr("nanorlhf.sandbox.PROBE", "found = ['seccomp']")
+    with pytest.raises(InputError, match=r"missing seccomp \(it was put up, but the probe went through it\)"):
+        Sandbox(workers=1, timeout=30)
+
+
+def test_the_probe_finds_what_is_not_there():
+    """Without walls, the probe goes through each that it tries."""
+    every = [name for name in Sandbox.LAYERS if name not in ("pid_namespace", "own_user")]
+    with Sandbox(mode="weak", without=every, workers=1, timeout=30) as box:
+        found = set(box.evaluate(sandbox.PROBE, expression="found").value)
+    assert found - {"pid_namespace"} == {"seccomp", "landlock", "chroot", "rlimits"}
+
+
+def test_off_runs_nothing():
+    with Sandbox(mode="off") as box:
+        assert box.layers == {} and not box.workers
+        for call in (lambda: box.check(*HONEST), lambda: box.evaluate("1"), lambda: box.check_many([HONEST])):
+            with pytest.raises(InputError, match="off or closed"):
+                call()
+
+
+def test_a_closed_box_runs_nothing():
+    box = Sandbox(workers=1)
+    box.close()
+    box.close()
+    with pytest.raises(InputError, match="off or closed"):
+        box.check(*HONEST)
+
+
+# ---- bad arguments
+
+@pytest.mark.parametrize("options, message", [
+    ({"mode": "on"}, "sandbox mode 'on': choose one of auto, require, weak, off"),
+    ({"timeout": 0}, "timeout must be a number above 0, not 0"), ({"timeout": float("nan")}, "timeout"), ({"timeout": "1"}, "timeout"),
+    ({"memory_mb": 1}, "memory_mb"), ({"workers": 0}, "workers"), ({"workers": 1.5}, "workers"), ({"workers": True}, "workers"),
+    ({"without": ["seccom"]}, "seccom"), ({"without": "seccomp"}, "without")])
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        Sandbox(**options)
+
+
+@pytest.mark.parametrize("job, message", [
+    ({"code": None, "tests": ["assert f()"]}, "code must be text, not NoneType"),
+    ({"code": "", "tests": []}, "no tests"), ({"code": "", "tests": ["assert f("]}, "a test does not parse"),
+    ({"code": "", "tests": ["x = '\0'"]}, "a test does not parse"), ({"code": "", "tests": [1]}, "tests must be text"),
+    ({"code": "", "tests": None}, "tests must be text"), ({"code": "", "tests": ["assert f(g(1))"]}, "the tests use f, g: say which"),
+    ({"code": "", "tests": ["assert f()"], "entry_point": 3}, "entry_point"), ({"code": "1", "expression": 1}, "expression must be text"),
+    ({"code": "1", "setup": 1}, "setup must be text"), ({"code": "1", "test": ["assert f()"]}, "'test'"),
+    ({"code": "1", "tests": ["assert f()"], "setup": ""}, "'setup'"), ({"tests": ["assert f()"]}, "code"),
+    (("1",), "tuple"), ("1", "job"), (["def f(): pass", ["assert f()"], "f", 1], "tuple")])
+def test_bad_jobs(box, job, message):
+    with pytest.raises(InputError, match=message):
+        box.check_many([job])
+
+
+# ---- check, evaluate, check_many
+
+def test_check(box):
+    assert box.check("def f(x): return x + 1", ["assert f(1) == 2"]) == Outcome(True, "ok", pytest.approx(0, abs=30))
+    failed = box.check("def f(x): return x + 1", ["assert f(1) == 2", "assert f(2) == 2"], "f")
+    assert not failed.passed and failed.status == "failed" and failed.detail == "test 1: assert f(2) == 2"
+    error = box.check("def f(x): return x[1]", ["assert f([]) == 2"], "f")
+    assert (error.status, error.detail) == ("error", "IndexError: list index out of range")
+    assert box.check("def g(x): pass", "assert f(1)").detail == "NameError: the code does not define f"
+    assert box.check("def f(:", "assert f(1)").detail.startswith("SyntaxError")
+    ended = box.check("import os\ndef f(x): os._exit(3)", "assert f(1)")
+    assert ended.status == "crashed" and "exit code 3" in ended.detail
+    ended = box.check("import ctypes\ndef f(x): ctypes.string_at(0)", "assert f(1)")
+    assert ended.status == "crashed" and "SIGSEGV" in ended.detail
+
+
+def test_the_code_must_not_be_called(box):
+    """A pass says that all tests went through; a test that asks nothing of the code passes any that loads."""
+    assert box.check("x = 1", ["assert 1 + 1 == 2"]).passed
+    assert not box.check("x = (", ["assert 1 + 1 == 2"]).passed
+
+
+def test_evaluate(box):
+    assert box.evaluate("ys = [x + 1 for x in xs]", setup="xs = [1]", expression="ys[0]").value == 2
+    assert box.evaluate("a = 1\na + 1").value == 2 and box.evaluate("a = 1").value is None
+    assert box.evaluate("__import__('collections').Counter('aab')").value == {"a": 2, "b": 1}
+    for code, status in (("object()", "error"), ("lambda: 1", "error"), ("1 / 0", "error"), ("1 +", "error"), ("exit()", "error"),
+                         ("'x' * (2 << 20)", "error"), ("a = []; a.append(a); a", "error"), ("bytearray(400 << 20)", "memory")):
+        outcome = box.evaluate(code)
+        assert (outcome.passed, outcome.status, outcome.value) == (False, status, None), code
+    assert "lambda" not in str(box.evaluate("x", setup="1 / 0")) and box.evaluate("1", setup="1 / 0").status == "error"
+
+
+@pytest.mark.parametrize("form", [
+    {"kept": [0, "int"]}, {"kept": ["x", "y"]}, {"int": "zz"}, {"int": 3}, {"set": [[1]]}, {"dict": [[1, 2, 3]]}, {"dict": 1},
+    {"bytes": "zz"}, {"complex": [1]}, {"complex": ["nan", {}]}, {"list": []}, {}, {"a": 1, "b": 2}, {"tuple": None},
+    {"dict": [[{"dict": []}, 1]]}], ids=str)
+def test_a_forged_value_is_an_error_and_the_judge_lives(box, form):
+    """Whatever the code writes in place of an answer, the same judge judges on."""
+    pids = [process.pid for process in box.workers[0].processes]
+    code = FORGED + f"os.write(3, frame({{'value': {form!r}}}))\nimport time\ntime.sleep(60)"
+    outcome = box.evaluate(code)
+    assert (outcome.status, outcome.value) == ("error", None) and "no value came back" in outcome.detail
+    for reply in ({"value": form}, {"raised": 1, "text": 2}, {"raised": [form], "text": form}, {}, [], 1, None):
+        code = FORGED + f"def f(x):\n    os.write(3, frame({reply!r}))\n    return 0"
+        assert not box.check(code, [TEST], "f").passed
+    assert [process.pid for process in box.workers[0].processes] == pids
+
+
+def test_no_code_runs_in_the_trainer(box, capfd):
+    """Neither the candidate nor a test: they run in other processes, and print nowhere."""
+    assert box.evaluate("import os\nos.getpid()").value != os.getpid()
+    test = "import sys\nsys.nanorlhf_was_here = 1\nprint('test')\nassert f()"
+    assert box.check("import sys\nsys.nanorlhf_was_here = 1\nprint('code')\ndef f(): return 1", test, "f").passed
+    assert not hasattr(sys, "nanorlhf_was_here") and capfd.readouterr() == ("", "")
+
+
+def test_a_test_reaches_no_file_and_no_network(box):
+    """The judge is behind walls of its own."""
+    for test in ("open('/etc/passwd')", f"open({OUTSIDE + '/canary'!r}, 'w')", "import socket\nsocket.socket()",
+                 "import os\nos.fork()", "import os\nos.kill(os.getppid(), 0)"):
+        outcome = box.check("def f(x): return x * 2", [test], "f")
+        assert outcome.status == "error" and re.match("PermissionError|FileNotFoundError", outcome.detail), outcome
+
+
+def test_much_output_is_nothing(box, capfd):
+    assert box.check("def f(x):\n    for i in range(300): print('x' * 100_000)\n    return x", ["assert f(1) == 1"]).passed
+    assert capfd.readouterr() == ("", "")
+
+
+def test_check_many_keeps_order_and_takes_dicts_and_tuples():
+    jobs = [(f"def f(x): return x + {i}", [f"assert f(1) == {1 + i}"], "f") for i in range(20)]
+    jobs += [{"code": f"{i} * 2"} for i in range(20)] + [{"code": "def f(x): return x", "tests": "assert f(1) == 1"}]
+    with Sandbox(timeout=30) as box:
+        outcomes = box.check_many(jobs)
+        assert all(o.passed for o in outcomes) and [o.value for o in outcomes[20:40]] == list(range(0, 40, 2))
+        assert box.check_many([]) == []
+
+
+def test_check_many_waits_for_no_job_longer_than_its_limit():
+    """Twelve endless jobs of 0.3 s on two workers: six rounds, 1.8 s; honest jobs between them pass."""
+    endless = [(f"def f(x):\n    while True: {i}", ["assert f(7) == 14"], "f") for i in range(12)]
+    with Sandbox(timeout=0.3) as box:
+        begin = time.perf_counter()
+        outcomes = box.check_many(endless)
+        assert [o.status for o in outcomes] == ["timeout"] * 12 and all(0.3 <= o.seconds < 5 for o in outcomes)
+        assert 1.8 <= time.perf_counter() - begin < 15
+
+
+def test_threads_may_share_a_box():
+    from concurrent.futures import ThreadPoolExecutor
+    with Sandbox(timeout=30) as box, ThreadPoolExecutor(6) as pool:
+        outcomes = list(pool.map(lambda i: box.evaluate(f"{i} + 1"), range(30)))
+    assert [o.value for o in outcomes] == list(range(1, 31))
+
+
+def test_time_limit_counts_all_tests_together():
+    code = "import time\ndef f(x):\n    time.sleep(.25)\n    return x"
+    with Sandbox(timeout=0.9, workers=1) as box:
+        assert box.check(code, ["assert f(1) == 1"] * 6, "f").status == "timeout"
+
+
+def test_memory_limit():
+    with Sandbox(timeout=30, memory_mb=64, workers=1) as box:
+        assert box.check("def f(): return len(bytearray(40 << 20))", ["assert f() == 40 << 20"]).passed
+        assert box.check("def f(): return len(bytearray(90 << 20))", ["assert f() == 90 << 20"]).status == "memory"
+
+
+# ---- the cache
+
+def test_cache_is_by_content():
+    """Same code and same tests: the same outcome without a run, its time included. Any difference: a run of its own."""
+    with Sandbox(timeout=30, workers=1) as box:
+        first = box.check("def f(x): return x", ["assert f(1) == 1"], "f")
+        assert box.check("def f(x): return x", ["assert f(1) == 1"], "f") == first and len(box.cache) == 1
+        assert box.check("def f(x): return x", ["assert f(1) == 2"], "f").status == "failed"
+        assert box.check("def f(x): return x ", ["assert f(1) == 1"], "f").passed and len(box.cache) == 3
+        value = box.evaluate("[1]")
+        value.value.append(2)
+        assert box.evaluate("[1]").value == [1]  # what the caller does to a value stays his
+        assert box.evaluate("[1]", setup="a = 1").passed and len(box.cache) == 5
+
+
+@pytest.mark.parametrize("code, status, timeout", [
+    ("while True: pass", "timeout", 0.3), ("import os\nos._exit(0)", "crashed", 30), ("bytearray(400 << 20)", "memory", 30)])
+def test_what_the_machine_brought_about_is_not_cached(code, status, timeout):
+    with Sandbox(timeout=timeout, workers=1) as box:
+        assert box.evaluate(code).status == status and box.cache == {}
+
+
+# ---- ends
+
+def gone(pids, seconds=10):
+    """Whether no process of these sessions is left, some time to end allowed."""
+    end = time.monotonic() + seconds
+    while members(pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not members(pids)
+
+
+def test_close_leaves_no_process():
+    with Sandbox() as box:
+        pids = {process.pid for worker in box.workers for process in worker.processes}
+        assert len(members(pids)) >= 4
+    assert not members(pids)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["zygote", "judge"])
+def test_a_worker_whose_process_died_starts_anew(which):
+    with Sandbox(timeout=30, workers=1) as box:
+        pids = {process.pid for process in box.workers[0].processes}
+        box.workers[0].processes[which].kill()
+        assert [box.check(f"def f(x): return x * {i}", [f"assert f(7) == {7 * i}"], "f").passed for i in range(3)][1:] == [True, True]
+        assert gone(pids)
+
+
+def test_a_machine_that_can_start_no_child_is_no_verdict(monkeypatch):
+    """The code did not run, so it did not fail: an exception, after one more try."""
+    with Sandbox(timeout=30, workers=1) as box:
+        worker = box.workers[0]
+        monkeypatch.setattr(worker, "restart", lambda: None)
+        worker.processes[0].kill()
+        with pytest.raises(RuntimeError, match="can start no process"):
+            box.check(*HONEST)
+        monkeypatch.undo()
+        worker.restart()
+        assert box.check(*HONEST).passed
+
+
+TRAINER = """
+import sys
+from nanorlhf.sandbox import Sandbox
+with Sandbox(timeout=60) as box:
+    print(*(process.pid for worker in box.workers for process in worker.processes), flush=True)
+    box.check_many([("import time\\ntime.sleep(%d)" % (50 + i), ["assert f()"], "f") for i in range(4)])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda each: each.name)
+def test_nothing_outlives_the_trainer(number):
+    """Ctrl-C in the middle of jobs that take minutes, and worse."""
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pids = {int(pid) for pid in trainer.stdout.readline().split()}
+    assert len(pids) == 4
+    time.sleep(0.3)
+    trainer.send_signal(number)
+    begin = time.monotonic()
+    errors = trainer.communicate(timeout=30)[1]
+    assert gone(pids) and time.monotonic() - begin < 20
+    assert trainer.returncode != 0 and ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
+
+
+# ---- values
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False)
+    | st.text(st.characters()) | st.binary(),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(), inner)
+    | st.sets(st.integers() | st.text()) | st.frozensets(st.integers() | st.booleans()), max_leaves=15)
+
+
+def types(value):
+    if isinstance(value, dict):
+        return dict, [(types(k), types(v)) for k, v in value.items()]
+    return type(value), [types(each) for each in value] if isinstance(value, (list, tuple)) else None
+
+
+@settings(max_examples=150, deadline=None)
+@given(PLAIN)
+def test_values_come_back_as_they_were(value):
+    back = decode(json.loads(json.dumps(encode(value))))
+    assert back == value and types(back) == types(value) and same(back, value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(PLAIN, PLAIN)
+def test_same_is_equality_that_tells_true_from_one(a, b):
+    assert not same(a, b) or a == b
+    if "bool" not in f"{types(a)}{types(b)}":
+        def plain(value):  # a frozenset hides its bools from `types`
+            return not isinstance(value, (frozenset, set)) or not any(isinstance(each, bool) for each in value)
+        if plain(a) and plain(b) and "frozenset" not in f"{types(a)}{types(b)}":
+            assert same(a, b) == (a == b)
+
+
+@pytest.mark.parametrize("a, b, expected", [
+    (1, 1, True), (1, 1.0, True), (True, True, True), (True, 1, False), (0, False, False), ([True], [1], False),
+    ({"a": True}, {"a": 1}, False), ({True: 1}, {1: 1}, False), ({1}, {True}, False), ({1, 2}, {2, 1}, True), ((1,), [1], False),
+    (frozenset([1]), {1}, True), (float("nan"), float("nan"), False), (None, 0, False), ("a", b"a", False), (0.1 + 0.2, 0.3, False),
+    ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True), ((bool, True), True, False), ([(1, [True])], [(1, [1])], False), (-0.0, 0.0, True)])
+def test_same_by_hand(a, b, expected):
+    assert same(a, b) is expected and same(b, a) is expected
+
+
+def test_a_subclass_crosses_as_its_builtin():
+    """Nothing of its own crosses: what the judge gets is exactly int, str, list ..."""
+    for kind, value in ((int, 3), (float, 0.5), (complex, 1j), (str, "a"), (bytes, b"a"), (list, [1]), (dict, {"a": 1}), (set, {1})):
+        sly = type("Sly", (kind,), {"__eq__": lambda self, other: True, "__hash__": None, "__repr__": lambda self: "7"})(value)
+        assert encode(sly) == encode(value) and type(encode(sly)) is type(encode(value)), kind
+
+
+def test_a_value_too_large_too_deep_or_strange_does_not_cross():
+    deep = []
+    for _ in range(60):
+        deep = [deep]
+    for value in (deep, list(range(200_000))):
+        with pytest.raises(ValueError, match="too deep, cyclic or too large"):
+            encode(value)
+    with pytest.raises(TypeError, match="a value of type object cannot cross"):
+        encode([object()])
+    form = []
+    for _ in range(60):
+        form = [form]
+    with pytest.raises(ValueError):
+        decode(form)
+
+
+# ---- the table of system calls
+
+def bpf(program, architecture, number, *arguments):
+    """What a seccomp program returns: its machine has one register, absolute loads, two jumps, and return."""
+    import struct
+    data = struct.pack("<IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    at, register = 0, None
+    while True:
+        code, yes, no, operand = struct.unpack_from("HBBI", program, 8 * at)
+        at += 1
+        if code == 0x06:
+            return operand
+        if code == 0x20:
+            register, = struct.unpack_from("<I", data, operand)
+        else:
+            at += yes if (register == operand if code == 0x15 else register & operand) else no
+
+
+X86, ARM = (0, 0xC000003E), (1, 0xC00000B7)
+ALLOW, EPERM, ENOSYS, ENOTTY, KILL = 0x7FFF0000, 0x50001, 0x50026, 0x50019, 0x80000000
+
+
+@pytest.mark.parametrize("arch, number, arguments, expected", [
+    (X86, 0, (), ALLOW), (ARM, 63, (), ALLOW), (X86, 1, (), ALLOW), (ARM, 64, (), ALLOW), (X86, 57, (), EPERM),  # read, write, fork
+    (X86, 59, (), EPERM), (ARM, 221, (), EPERM), (X86, 41, (), EPERM), (ARM, 198, (), EPERM),  # execve, socket
+    (X86, 62, (), EPERM), (ARM, 129, (), EPERM), (X86, 101, (), EPERM), (ARM, 117, (), EPERM),  # kill, ptrace
+    (X86, 2, (0, os.O_RDONLY), ALLOW), (X86, 2, (0, os.O_WRONLY), EPERM), (X86, 257, (0, 0, os.O_RDWR), EPERM),
+    (X86, 257, (0, 0, os.O_RDONLY | os.O_CLOEXEC), ALLOW), (ARM, 56, (0, 0, os.O_CREAT), EPERM), (X86, 257, (0, 0, os.O_TRUNC), EPERM),
+    (X86, 56, (0x10000,), ALLOW), (X86, 56, (17,), EPERM), (ARM, 220, (0x10000,), ALLOW), (ARM, 220, (0,), EPERM),  # clone
+    (X86, 302, (0, 9, 0), ALLOW), (X86, 302, (0, 9, 1), EPERM), (X86, 302, (0, 9, 1 << 40), EPERM), (ARM, 261, (0, 9, 8), EPERM),
+    (X86, 44, (3, 0, 0, 0, 0), ALLOW), (X86, 44, (3, 0, 0, 0, 1 << 32), EPERM), (X86, 53, (1,), ALLOW), (X86, 53, (2,), EPERM),
+    (X86, 72, (3, 4, 0x800), ALLOW), (X86, 72, (3, 8, 1), EPERM), (ARM, 25, (3, 10, 9), EPERM),  # fcntl
+    (X86, 16, (0, 0x5421), ALLOW), (X86, 16, (0, 0x5412), ENOTTY), (X86, 435, (0,), ENOSYS), (X86, 0x40000000, (), EPERM),
+    (X86, 425, (), EPERM), (X86, 321, (), EPERM), (X86, 46, (), EPERM), (X86, 47, (), EPERM)])
+def test_seccomp_program_by_hand(monkeypatch, arch, number, arguments, expected):
+    """Numbers from the kernel's tables; x32 (bit 30) is on no list; another ABI's numbers kill."""
+    monkeypatch.setattr(walls, "ARCH", arch)
+    program = walls.seccomp_program()
+    assert bpf(program, arch[1], number, *arguments) == expected
+    assert bpf(program, 0x40000003, number, *arguments) == KILL
+
+
+@pytest.mark.parametrize("arch", [X86, ARM], ids=["x86-64", "aarch64"])
+def test_seccomp_program_allows_what_is_listed_alone(monkeypatch, arch):
+    monkeypatch.setattr(walls, "ARCH", arch)
+    listed = {pair.split()[1 + arch[0]] for pair in walls.CALLS.replace("\n", " ").split(", ")} - {"-"}
+    allowed = {str(n) for n in range(600) if bpf(walls.seccomp_program(), arch[1], n, *[(1 << 64) - 1] * 6) == ALLOW}
+    assert allowed - {"56" if arch == X86 else "220"} == listed  # every bit is set: clone's CLONE_THREAD too
+    closed = {n for n in range(600) if bpf(walls.seccomp_program(files=False), arch[1], n) == ALLOW}
+    assert not closed & {2, 257} if arch == X86 else 56 not in closed
+
+
+# ---- the house
+
+def test_the_sandbox_needs_the_standard_library_alone():
+    """No torch in the trainer's half; no site-packages and nothing else of ours in the children."""
+    code = "import sys, nanorlhf.sandbox\nassert not {'torch', 'numpy', 'tokenizers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_code_finds_no_test_and_no_neighbour(box):
+    """In its process there is neither the judge nor a way to import what is around the sandbox."""
+    found = box.evaluate("import sys\nsorted(m for m in sys.modules if m.startswith(('jail', 'nanorlhf'))), sys.path").value
+    assert found[0] == ["jail", "jail.child", "jail.values", "jail.walls", "jail.zygote"]
+    assert not any(path.startswith(str(ROOT)) for path in found[1])
+    for name in ("nanorlhf.data", "jail.judge", "torch", "numpy", "conftest"):
+        assert box.evaluate(f"import {name}").detail.startswith(("ModuleNotFoundError", "PermissionError")), name
+
+
+def test_command_line_lists_the_layers():
+    done = subprocess.run([sys.executable, "-m", "nanorlhf.sandbox"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"^seccomp +on$", done.stdout, re.M)
+
+
+# ---- the table for docs/SANDBOX.md
+
+def table():
+    """Attacks that got through, by user and layers left out; each row is a sandbox of its own."""
+    os.mkdir(OUTSIDE)
+    os.chmod(OUTSIDE, 0o777)
+    Path(OUTSIDE, "canary").write_text("sings")
+    with tempfile.TemporaryDirectory() as folder:
+        runners = {"root" if os.geteuid() == 0 else "this user": runner(sys.executable, ROOT), "nobody": nobody_runner(Path(folder))}
+        print(f"{time.strftime('%Y-%m-%d')}, Linux {platform.release()} {platform.machine()}, Python {platform.python_version()}; "
+              f"{len(ATTACKS)} attacks\n")
+        print("| user | layers left out | off for other causes | attacks held | got through |\n|---|---|---|---:|---|")
+        for user, run in runners.items():
+            if isinstance(run, str):
+                print(f"| {user} | | | | {run} |")
+                continue
+            for layers in ["", *(name for name in walls.LAYERS if name not in ("user_namespace", "chroot")), *
+                           (["user_namespace"] if user != "root" else []), "landlock chroot", "seccomp landlock chroot"]:
+                row(user, run, layers)
+    shutil.rmtree(OUTSIDE)
+    Path(SHARED).unlink(missing_ok=True)
+
+
+def row(user, run, layers):
+    (said, fast), (_, slow) = reached(run, layers.split(), FAST), reached(run, layers.split(), SLOW, 0.25)
+    names = fast | slow
+    other = [f"{name} ({state[5:]})" for name, state in said["layers"].items()
+             if str(state).startswith("off") and name not in layers.split() and "not needed" not in state]
+    print(f"| {user} | {layers.replace(' ', ', ') or 'none'} | {'; '.join(other)} | {len(ATTACKS) - len(names)} | "
+          f"{', '.join(sorted(names))} |", flush=True)
+    for name in ("broken", "canary"):
+        Path(OUTSIDE, name).unlink(missing_ok=True)
+    Path(OUTSIDE, "canary").write_text("sings")
+    Path(SHARED).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    table()
