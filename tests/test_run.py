@@ -85,6 +85,7 @@ def test_a_fault_of_ours_keeps_its_traceback():
 def test_an_interrupted_process_exits_130(tmp_path):
     """Ctrl-C (SIGINT) in a real process: the code a shell expects, one line, no traceback."""
     code = ("import os, signal, sys\nfrom nanorlhf.run import main\nsys.argv[0] = 'train_x.py'\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job inherits it ignored
             "main(lambda config: os.kill(os.getpid(), signal.SIGINT), None)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
