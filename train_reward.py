@@ -5,10 +5,11 @@
     both       each row of a batch counts the same, whatever its kind
 
 The model is a GPT-2 or an encoder (RoBERTa, CodeBERT, BERT) with its own tokenizer, whatever the policy uses. Data without
-preferences (nano, CoNaLa) gets them made: the reference against the SFT policy's own wrong answers and against mutated
-references (where rows have checks, answers are run: one that passes them all is not wrong), from training rows for training and validation rows for validation; test rows are never touched. After training,
-gain and bias give the SFT policy's samples scores of mean 0 and variance 1. Rated rows may carry people's logits, a vector that the
-model adds to the state its head reads (`RewardModel`); in training it is dropped at random, for later there will be none.
+preferences (nano, CoNaLa) gets them made: the reference against the SFT policy's own wrong answers and against mutated references,
+from training rows for training and validation rows for validation; test rows are never touched. Where rows have checks, answers
+are run: one that passes them all is not wrong. After training, gain and bias give the SFT policy's samples scores of mean 0 and
+variance 1. Rated rows may carry people's logits, a vector that the model adds to the state its head reads (`RewardModel`); in
+training it is dropped at random, for later there will be none.
 
     python train_reward.py                                                # the backbone starts from runs/sft
     python train_reward.py --model microsoft/codebert-base --data preferences.jsonl --out runs/codebert/reward --gpu 0
