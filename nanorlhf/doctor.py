@@ -11,7 +11,6 @@ Exit code 1 if anything is a problem. Nothing is written, downloaded or changed.
 """
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -24,6 +23,7 @@ from typing import NamedTuple
 from nanorlhf.config import option, parse
 from nanorlhf.data import CONALA_SHA256, DATA, load_splits, sha256
 from nanorlhf.errors import InputError
+from nanorlhf.sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (3, 11)
@@ -193,21 +193,20 @@ def check_disk(out):
 # ---- What runs use
 
 def check_sandbox():
-    """The layers around generated code that this machine allows."""
-    if importlib.util.find_spec("nanorlhf.sandbox") is None:
-        return Line("note", "sandbox", "not in this version: no generated code is run, and rewards that run it are not there")
-    from nanorlhf.sandbox import Sandbox
+    """The walls that this machine allows around generated code, and which of `Sandbox.REQUIRED` it does not."""
     try:
-        with Sandbox(mode="auto") as box:
+        with Sandbox(mode="weak", workers=1) as box:
             layers = box.layers
     except (OSError, RuntimeError) as error:
-        return Line("problem", "sandbox", f"does not start ({error})", "leave rewards that run code out")
-    on = [name if value is True else f"{name} {value}" for name, value in layers.items() if value]
-    missing = ", ".join(name for name, value in layers.items() if not value)
+        return Line("problem", "sandbox", f"does not start ({error})", "pass --sandbox off: execution is then not measured")
+    on = ", ".join(name if value is True else f"{name} {value}" for name, value in layers.items() if value) or "no wall"
+    missing = [name for name in Sandbox.REQUIRED if not layers[name]]
+    missing += [] if layers["landlock"] or layers["chroot"] else ["landlock or chroot"]
+    if "seccomp" in missing:
+        return Line("note", "sandbox", f"{on}; without {', '.join(missing)}", "code runs with --sandbox weak alone; read SECURITY.md first")
     if missing:
-        return Line("note", "sandbox", f"{', '.join(on) or 'no layer'}; without {missing}",
-                    "a newer Linux kernel, or fewer container limits, bring them")
-    return Line("ok", "sandbox", ", ".join(on))
+        return Line("note", "sandbox", f"{on}; without {', '.join(missing)}", "a newer Linux kernel, or fewer container limits, bring them")
+    return Line("ok", "sandbox", on)
 
 
 def check_nano():

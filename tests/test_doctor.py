@@ -179,10 +179,10 @@ def test_a_disk_that_cannot_be_written(monkeypatch, tmp_path):
 
 class Box:
     """A sandbox with the given layers, which does not start where they are an error."""
-    layers = None
+    REQUIRED = ("seccomp", "own_user")
 
-    def __init__(self, mode):
-        assert mode == "auto"
+    def __init__(self, mode, workers):
+        assert mode == "weak"
 
     def __enter__(self):
         if isinstance(self.layers, Exception):
@@ -193,16 +193,19 @@ class Box:
         return False
 
 
-@pytest.mark.parametrize("layers, verdict, words", [
-    (None, "note", "not in this version"), ({"seccomp": True, "landlock": "abi7"}, "ok", "seccomp, landlock abi7"),
-    ({"seccomp": True, "landlock": False}, "note", "seccomp; without landlock"), ({"seccomp": False}, "note", "no layer; without seccomp"),
-    (OSError("no fork"), "problem", "does not start (no fork)")])
-def test_sandbox(monkeypatch, layers, verdict, words):
-    module = SimpleNamespace(Sandbox=type("Sandbox", (Box,), {"layers": layers}), __spec__=None)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if layers is None else object())
-    monkeypatch.setitem(sys.modules, "nanorlhf.sandbox", module)
+WALLS = {"seccomp": True, "own_user": True, "landlock": "abi7", "chroot": False}
+
+
+@pytest.mark.parametrize("layers, verdict, words, fix", [
+    (WALLS, "ok", "seccomp, own_user, landlock abi7", ""), (WALLS | {"landlock": False, "chroot": True}, "ok", "chroot", ""),
+    (WALLS | {"landlock": False}, "note", "without landlock or chroot", "kernel"),
+    (WALLS | {"own_user": False}, "note", "seccomp, landlock abi7; without own_user", "kernel"),
+    (dict.fromkeys(WALLS, False), "note", "no wall; without seccomp, own_user, landlock or chroot", "--sandbox weak"),
+    (OSError("no fork"), "problem", "does not start (no fork)", "--sandbox off")])
+def test_sandbox(monkeypatch, layers, verdict, words, fix):
+    monkeypatch.setattr(doctor, "Sandbox", type("Sandbox", (Box,), {"layers": layers}))
     line = doctor.check_sandbox()
-    assert line.verdict == verdict and words in line.found
+    assert line.verdict == verdict and words in line.found and fix in line.fix
 
 
 def test_conala(monkeypatch, tmp_path):
