@@ -203,7 +203,7 @@ def train(config):
             numbers |= known(summary(add_execution(add_rewards(rows, reward), records, box)))
             run.samples(step, rows[:5])
         run.log(step, numbers)
-        run.keep_best(step, numbers["eval/reward"] if reward is not None else -numbers["eval/loss"], save)
+        run.keep_best(step, numbers.get("eval/reward") if reward is not None else -numbers["eval/loss"], save)
         tqdm.write(f"step {step}: validation " + ", ".join(
             f"{name} {numbers[f'eval/{name}']:.3f}" for name in ("loss", "accuracy", "reward", "exact_match", "execution", "kl")
             if f"eval/{name}" in numbers))

@@ -80,6 +80,8 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
             raise InputError(f"--out {self.out}: that is the name of a stage's folder; name another, such as runs/ppo")
         if asked(self, "combine") and len(self.reward) < 2:
             raise InputError(f"--combine {self.combine} needs several rewards: name them with --reward, or leave it out")
+        if self.normalise_terms and len(self.reward) > 1:
+            raise InputError("--normalise-terms is for one sum, not for an ensemble of several --reward: write the sum 'a + b', or leave it out")
         if asked(self, "kl_horizon") and self.kl_target is None:
             raise InputError("--kl-horizon is for --kl-target, which steers kl_coef: give both, or neither")
         if self.on_alarm == "raise-kl" and self.kl_coef == 0:

@@ -381,8 +381,9 @@ class Run:
 
     def keep_best(self, step, score, write):
         """Write best/ if the validation score is the best so far; count the evaluations since otherwise."""
-        if not np.isfinite(score):
-            raise RunFailed(f"step {step}: the validation score is {score}; look at the reward and at the last lines of metrics.jsonl")
+        if score is None or not np.isfinite(score):
+            found = "not known, no validation row could be scored" if score is None else str(score)
+            raise RunFailed(f"step {step}: the validation score is {found}; look at the reward and at the last lines of metrics.jsonl")
         if score > self.best_score:
             self.best_score, self.best_step, self.misses = score, step, 0
             self.save("best", write)

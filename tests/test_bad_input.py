@@ -448,6 +448,8 @@ bad("a wall around nothing", {}, "train_ppo train_dpo eval --sandbox require", "
     "leave execution and --sandbox out")
 bad("a penalty of nothing to raise", {}, "train_ppo --on-alarm raise-kl --kl-coef 0", "--on-alarm raise-kl multiplies kl_coef",
     "--kl-coef above 0")
+bad("a scale for an ensemble", {}, "train_ppo --reward syntax length --normalise-terms", "--normalise-terms is for one sum",
+    "leave it out")
 bad("people's logits that nobody gave", {}, "train_reward --human-feedback-weight 1", "no rated row has any", "leave them out")
 bad("ratings beside ratings", {}, "train_reward --data ratings.jsonl --ratings ratings.jsonl", "--ratings adds rated responses to pairs",
     "put them into one file")

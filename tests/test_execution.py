@@ -37,6 +37,12 @@ def test_true_is_not_one(box):
     assert run_checks(box, ["len(xs) == 1"], [[{"setup": "xs = [0]", "value": "1"}]]) == [0.0]
 
 
+def test_a_failure_is_not_none(box):
+    """Code that gives no value does not pass where None is expected; code that gives None does."""
+    check = [{"setup": "", "value": "None"}]
+    assert run_checks(box, ["1 / 0", "None", "x = 1"], [check] * 3) == [0.0, 1.0, 1.0]
+
+
 def test_expression_looks_at_what_the_code_changed(box):
     check = [{"setup": "xs = [1]", "value": "[1, 2]", "expression": "xs"}]
     assert run_checks(box, ["xs.append(2)", "xs + [2]"], [check, check]) == [1.0, 0.0]

@@ -523,6 +523,7 @@ def test_transformers_loads_the_backbone_of_a_model_with_our_head(kind, tmp_path
     model = fresh("gpt2", tmp_path / "a", kind, dim=3)
     model.save_pretrained(tmp_path / "b")
     their = transformers.AutoModel.from_pretrained(tmp_path / "b").eval()
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["architectures"] == ["GPT2Model"], "no classifier of theirs"
     ids, mask, _ = model.encode(PROMPTS[:1], RESPONSES[:1])
     with torch.no_grad():
         torch.testing.assert_close(their(ids, attention_mask=mask).last_hidden_state, model.backbone.hidden(ids, mask), rtol=0, atol=1e-5)
@@ -539,6 +540,9 @@ def test_feedback_by_hand(family, tmp_path):
     informed = model.score(PROMPTS, RESPONSES, feedback=[f.tolist()] * len(PROMPTS))
     torch.testing.assert_close(informed - plain, shift.expand(len(PROMPTS)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.score(PROMPTS, RESPONSES, feedback=[[0.0] * 3] * len(PROMPTS)), plain)
+    vectors = [[float(i), 1.0, -float(i)] for i in range(len(PROMPTS))]  # whatever order rows are scored in, each keeps its own
+    alone = [model.score([p], [r], feedback=[v]).item() for p, r, v in zip(PROMPTS, RESPONSES, vectors)]
+    assert model.score(PROMPTS, RESPONSES, feedback=vectors).tolist() == pytest.approx(alone, abs=1e-5)
 
 
 def test_feedback_that_does_not_fit_is_one_line(tmp_path):

@@ -521,10 +521,11 @@ def test_normalised_terms_resume_exactly(home, checked, tmp_path, monkeypatch):
     assert timeless(log(tmp_path / "halves")) == timeless(log(tmp_path / "whole"))
 
 
-def test_a_row_whose_term_failed_is_left_out(home, tmp_path, monkeypatch):
+def test_a_row_whose_term_failed_is_left_out(home, tmp_path, monkeypatch, capsys):
     """Every other response has no score: the log counts them, the run goes on, and where none has one it stops."""
     (tmp_path / "holes_zq.py").write_text("NAN = float('nan')\n"
         "def some(prompts, responses, references): return [NAN if i % 2 else 1.0 for i in range(len(responses))]\n"
+        "def never(prompts, responses, references): return [NAN] * len(responses)\n"
         "def none(prompts, responses, references): return [NAN] * len(responses) if len(responses) > 4 else [1.0] * len(responses)\n")
     monkeypatch.chdir(tmp_path)
     words = ["--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), *TEXT, *PPO]
@@ -532,6 +533,9 @@ def test_a_row_whose_term_failed_is_left_out(home, tmp_path, monkeypatch):
     assert [row["response/left_out"] for row in log(tmp_path / "some") if "response/left_out" in row] == [4, 4]
     assert launch("train_ppo", *words, "--out", str(tmp_path / "none"), "--reward", "1*holes_zq:none + syntax") == 1
     assert launch("train_ppo", *words, "--out", str(tmp_path / "alone"), "--reward", "holes_zq:some") == 1, "a lone reward must be finite"
+    assert launch("train_ppo", *words, "--out", str(tmp_path / "never"), "--reward", "1*holes_zq:never") == 1
+    assert "no validation row could be scored" in capsys.readouterr().err
+    assert launch("train_dpo", *words[:4], *TEXT, *DPO, "--out", str(home / "runs" / "dpo-never"), "--reward", "1*holes_zq:never") == 1
 
 
 @pytest.mark.parametrize("on_alarm, steps, kl_coef", [("warn", [1, 2], [0.2, 0.2]), ("stop", [1], [0.2]), ("raise-kl", [1, 2], [0.2, 0.3])])
