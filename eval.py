@@ -102,8 +102,9 @@ def read_targets(words):
             targets[name] = float(value)
         except ValueError:
             raise InputError(f"--targets {word}: write metric=value, such as bleu=0.4") from None
-        if name not in (*METRIC_NAMES, "execution_accuracy") and not name.startswith("pass@"):
-            raise InputError(f"--targets {word}: no metric {name!r}; there are execution_accuracy, pass@k, {', '.join(METRIC_NAMES)}")
+        if name not in (*METRIC_NAMES, "execution_accuracy", *(f"pass@{k}" for k in PASS_AT)):
+            raise InputError(f"--targets {word}: no metric {name!r}; there are execution_accuracy, pass@k for k in "
+                             f"{', '.join(map(str, PASS_AT))}, {', '.join(METRIC_NAMES)}")
     return targets
 
 
@@ -117,8 +118,9 @@ def counts(rows):
     """{metric: (rows of counts, score)}: what the intervals and comparisons are drawn from."""
     found = {name: ([metric.counts(*pair) for pair in zip(*_listed(rows))], metric.score) for name, metric in COUNTED.items()}
     for name in of_rows(rows):
-        if rows and all(row.get(name) is not None for row in rows):
-            found[name] = ([[float(row[name]), 1.0] for row in rows], lambda sums: sums[0] / sums[1])
+        if any(row.get(name) is not None for row in rows):  # a row without the value counts for nothing
+            found[name] = ([[0.0, 0.0] if row.get(name) is None else [float(row[name]), 1.0] for row in rows],
+                           lambda sums: sums[0] / max(sums[1], 1.0))
     return {name: (values, score) for name, (values, score) in found.items() if values}
 
 
@@ -215,7 +217,7 @@ def draw(config, folder, names, results, targets):
              plots.plot_targets({name: results[name] for name in config.model}, folder / "target_achievement.png", targets)]
     runs = [Path(name) for name in config.model if (Path(name) / "metrics.jsonl").is_file()]
     rewards = [run.parent / "reward" for run in runs if (run.parent / "reward" / "metrics.jsonl").is_file()]
-    tuned = [run for run in runs if not {"objective/kl", "rewards/margin"}.isdisjoint(plots.read_log(run / "metrics.jsonl")[-2])]
+    tuned = [run for run in runs if any({"objective/kl", "rewards/margin"} & row.keys() for row in plots.read_log(run / "metrics.jsonl"))]
     for found, name, what in ((rewards, "reward_training_metrics.png", "a run folder reward/ beside a model"),
                               (tuned, "rlhf_training_metrics.png", "a run of train_ppo.py or train_dpo.py among the models")):
         if found:

@@ -131,7 +131,7 @@ from nanorlhf.rollout import hidden_states, roll_out
 from nanorlhf.run import (Run, RunFailed, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
 from nanorlhf.sequences import encode_queries
-from nanorlhf.terms import Combination, ExecutionReward, load_reward, needs_execution
+from nanorlhf.terms import ExecutionReward, load_reward, needs_execution
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -160,7 +160,7 @@ def update(actor, optimizer, batch, advantages, returns, config, step, ids=(), o
     sums, taken, generator = {}, 0, stream(config.seed, "minibatches", step)
     for _ in range(config.ppo_epochs):
         order, epoch_kl = torch.randperm(len(advantages), generator=generator), []
-        for minibatch in order.split(config.minibatch_size):
+        for minibatch in order.tensor_split(-(-len(order) // config.minibatch_size)):  # of one size, whatever was left out
             tokens = batch.response_mask[minibatch].sum()  # the optimiser step's denominator, whatever the micro-batches
             stats = {}
             for rows in minibatch.split(config.micro_batch_size):
@@ -202,12 +202,20 @@ def explained_variance(values, returns, mask):
     return (1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12)).item()
 
 
+def rollout_numbers(batch):
+    """What the log says of all responses of a step, also of those that cannot be scored."""
+    kl, k3 = ((kl_estimate(batch.logprobs, batch.ref_logprobs, kind) * batch.response_mask).sum(1).mean().item() for kind in ("k1", "k3"))
+    return {"objective/kl": kl, "objective/kl_k3": k3, "response/length": batch.lengths.float().mean().item(),
+            "response/eos": batch.ended.float().mean().item()}
+
+
 def reward_numbers(reward):
     """What a sum's terms, or an ensemble's members, said of the latest responses, for the log."""
     numbers = {f"reward/{name}": values.nanmean().item() for name, values in getattr(reward, "values", {}).items()
                if not values.isnan().all()}
-    if getattr(reward, "disagreement", None) is not None:
-        numbers["objective/disagreement"] = reward.disagreement.mean().item()
+    disagreement = getattr(reward, "disagreement", None)
+    if disagreement is not None and not disagreement.isnan().all():
+        numbers["objective/disagreement"] = disagreement.nanmean().item()
     return numbers
 
 
@@ -253,9 +261,10 @@ def train(config):
     controller = FixedKLController(config.kl_coef) if config.kl_target is None else \
         AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
     step, resumed = run.restore(optimizer, config.steps)
-    controller.value = resumed.get("kl_coef", controller.value)
-    if "reward" in resumed:
-        reward.state = resumed["reward"]
+    if resumed.get("asked_kl_coef") == config.kl_coef:  # another one, with --allow-config-change, takes effect here
+        controller.value = resumed["kl_coef"]
+    if step and config.normalise_terms:
+        reward.restore(resumed.get("reward", {}))
     gold_rows = splits.validation[:config.eval_rows]
     monitor, alarms = Monitor(sum(box is not None and bool(r.checks) for r in gold_rows) or len(gold_rows), config.kl_target), []
     if step:
@@ -290,7 +299,8 @@ def train(config):
     if not step:
         evaluate(0)
     with run, tqdm(total=config.steps, initial=step, desc="PPO", unit="step") as bar:
-        for step in run.until_stalled(range(step + 1, config.steps + 1), config.patience):
+        stopped = alarms and config.on_alarm == "stop"  # by an alarm before the interruption
+        for step in run.until_stalled(range(step + 1, 1 + (step if stopped else config.steps)), config.patience):
             started = time.perf_counter()
             rows = prompt_rows(step, len(queries), config.batch_size, config.seed)
             records = [splits.train[i] for i in rows]
@@ -308,7 +318,7 @@ def train(config):
             left_out = len(scores) - len(scored)
             if not len(scored):
                 raise RunFailed(f"step {step}: the reward is NaN for all {left_out} responses: which term, the last line of metrics.jsonl says")
-            distinct = distinct_n(batch.responses)
+            sampled = {**rollout_numbers(batch), "response/distinct": distinct_n(batch.responses), "response/left_out": left_out}
             if left_out:
                 batch, scores, records = batch.select(scored), scores[scored], [records[i] for i in scored.tolist()]
             scores = final_scores(scores, batch.ended, config)  # (B,)
@@ -330,23 +340,19 @@ def train(config):
             stats = update(actor, optimizer, batch, advantages, returns, config, step, [r.id for r in records], ops)
 
             # 6. KL controller, log, evaluate, save.
-            response_kl = (kl_estimate(batch.logprobs, batch.ref_logprobs) * mask).sum(1).mean().item()
             log(step, {
                 "objective/score": scores.mean().item(), "objective/score_std": scores.std(unbiased=False).item(),
-                "objective/rewards": rewards.sum(1).mean().item(), "objective/kl": response_kl,
-                "objective/kl_k3": (kl_estimate(batch.logprobs, batch.ref_logprobs, "k3") * mask).sum(1).mean().item(),
-                "objective/kl_coef": controller.value, **reward_numbers(reward), "response/left_out": left_out, **stats,
+                "objective/rewards": rewards.sum(1).mean().item(), "objective/kl_coef": controller.value,
+                **reward_numbers(reward), **sampled, **stats,
                 "value/explained_variance": explained_variance(batch.values, returns, mask),
-                "response/length": batch.lengths.float().mean().item(), "response/eos": batch.ended.float().mean().item(),
-                "response/distinct": distinct,
                 "lr": rate, "time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out})
-            controller.update(response_kl, config.batch_size)
+            controller.update(sampled["objective/kl"], config.batch_size)
             bar.update()
-            bar.set_postfix(loss=f"{stats['loss/total']:.3f}", reward=f"{scores.mean():.2f}", kl=f"{response_kl:.2f}")
+            bar.set_postfix(loss=f"{stats['loss/total']:.3f}", reward=f"{scores.mean():.2f}", kl=f"{sampled['objective/kl']:.2f}")
             if step % config.eval_every == 0 or step == config.steps:
                 evaluate(step)
-            run.end_step(step, save, optimizer, kl_coef=controller.value,
-                         **{"reward": reward.state} if isinstance(reward, Combination) else {})
+            run.end_step(step, save, optimizer, kl_coef=controller.value, asked_kl_coef=config.kl_coef,
+                         **{"reward": reward.state} if config.normalise_terms else {})
             if alarms and config.on_alarm == "stop":
                 tqdm.write(f"stopped by --on-alarm stop at step {step}")
                 break

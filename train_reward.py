@@ -68,8 +68,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorlhf.data import open_data
-from nanorlhf.errors import InputError
+from nanorlhf.data import Splits, check_leakage, open_data
+from nanorlhf.errors import InputError, naming
 from nanorlhf.evaluation import answer, open_sandbox
 from nanorlhf.feedback import PAIR_FILES, read_pairs, write_pairs
 from nanorlhf.gpt2 import GPT2
@@ -111,7 +111,9 @@ def examples(splits, policy, tokenizer, config, checkpoint=None):
         raise InputError(f"--ratings adds rated responses to pairs, but --data {config.data} is rated itself: put them into one file")
     found = pairs_of(splits, policy, tokenizer, config, checkpoint) if pairs else rated(splits, config)
     if config.ratings:
-        more, _ = open_data(replace(config, data=config.ratings, data_format="feedback"))
+        more, _ = open_data(replace(config, data=config.ratings, data_format="feedback", min_probability=None))
+        with naming(f"--ratings {config.ratings}"):
+            check_leakage(Splits(more.train, splits.validation, splits.test, splits.extra), config.allow_overlap)
         found = [rows + added for rows, added in zip(found, rated(more, config))]
     if asked(config, "human_feedback_dim", "human_feedback_weight", "human_feedback_dropout") and not has_feedback(found[0]):
         raise InputError("--human-feedback-dim, -weight and -dropout are for people's logits, but no rated row has any: leave them out")
@@ -184,7 +186,7 @@ def batch_loss(model, rows, config, feedback=True):
         given = [None if drop else vector for vector, drop in zip(given, torch.rand(len(given)) < config.human_feedback_dropout)]
     inputs = model.encode(prompts, responses)
     with autocast(model.device, config.precision):
-        scores = model(*(x.to(model.device) for x in inputs), model.vectors(given) if feedback else None)
+        scores = model(*(x.to(model.device) for x in inputs), model.vectors(given if feedback else [None] * len(given)))
     chosen, rejected, alone = scores.split([len(pairs), len(pairs), len(ratings)])
     loss, stats = 0.0, {}
     if pairs:

@@ -92,7 +92,7 @@ def open_sandbox(config, splits, needed=False):
 
     needed: whether a reward is taken from it; then what is missing is an InputError. It closes when the process ends.
     """
-    if not any(record.checks for rows in splits.named().values() for record in rows[:1]):
+    if not any(record.checks for rows in splits.named().values() for record in rows):
         if needed or asked(config, "sandbox", "sandbox_workers", "sandbox_timeout"):
             raise InputError(f"--data {config.data} has no checks to run code on, as nano has: leave execution and --sandbox out")
         return None
@@ -135,6 +135,7 @@ def summary(rows):
     where not known."""
     terms = [name for name in (rows[0] if rows else ()) if name.startswith("reward/")]
     numbers = {name: mean(rows, name) for name in ("reward", *terms, "exact_match", "execution", "length", "ended", "kl")}
+    numbers["left_out"] = sum("reward" in row and row["reward"] is None for row in rows) or None  # rows that could not be scored
     known = [row for row in rows if row["reference"] is not None]
     found = metrics.evaluate([row["response"] for row in known], [row["reference"] for row in known], TEXT_METRICS)
     return numbers | {name: found[name] for name in TEXT_METRICS}
@@ -142,7 +143,7 @@ def summary(rows):
 
 def known(numbers):
     """The numbers that are known, as metrics of the log: eval/..."""
-    return {f"eval/{name.replace('ended', 'eos')}": value for name, value in numbers.items() if value is not None}
+    return {f"eval/{'eos' if name == 'ended' else name}": value for name, value in numbers.items() if value is not None}
 
 
 def in_words(numbers, names=("reward", "exact_match", "execution", "conala_bleu", "kl", "length")):

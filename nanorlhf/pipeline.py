@@ -174,7 +174,7 @@ def report(folders):
                 after = mean_over_seeds([read_answers(folder, stage, split, mode, model) for folder in folders.values()])
                 gains = {metric: compare(before, after, metric) for metric in POOLED if (metric, stage) != ("reward", "ppo-execution")}
                 lines.append(f"- {name}: " + ", ".join(f"{ROWS[metric]} {gain['difference']:+.3f} [{gain['low']:+.3f}, "
-                                                       f"{gain['high']:+.3f}]" for metric, gain in gains.items()))
+                                                       f"{gain['high']:+.3f}]" for metric, gain in gains.items() if gain))
     lines += ["", "## Time and memory", "",
               "Seconds and peak resident memory (MB) of each stage; `job` is the wall time of `python train_ppo.py` from nothing.", "",
               "| seed | SFT | reward | PPO | DPO | PPO on execution | job | held-out pair accuracy |", "|---|---:|---:|---:|---:|---:|---:|---:|"]

@@ -140,8 +140,11 @@ class RewardModel(nn.Module):
         return self.head(hidden, attention_mask).squeeze(1).float()
 
     def vectors(self, feedback):
-        """People's vectors, a list of lists or None, as (B, D), zeros for None; None if nobody gave one."""
-        if all(vector is None for vector in feedback):
+        """People's vectors, a list of lists or None, as (B, D), zeros for None; None for a model that takes none.
+
+        Zeros rather than nothing also where nobody gave one: the projection then has a gradient of 0, and the optimiser a state.
+        """
+        if not self.human_feedback and all(vector is None for vector in feedback):
             return None
         for vector in feedback:
             if vector is not None and len(vector) != self.human_feedback_dim:

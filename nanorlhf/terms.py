@@ -8,7 +8,8 @@
     score = sum over terms of weight * clip((term - mean) / deviation)        the last two where asked for
 
 A term that cannot be computed for a row (no checks, no reference, a function that says NaN) makes that row's score NaN, and
-the row is left out of the update, and counted: a 0 would be taken for a verdict.
+the row is left out of the update, and counted: a 0 would be taken for a verdict. A lone model or module:function is no sum and must be
+finite; write 1*module:function to leave rows out.
 """
 import importlib
 import os
@@ -20,6 +21,7 @@ from nanorlhf import metrics
 from nanorlhf.errors import InputError, nearest
 from nanorlhf.metrics.execution import run_checks
 from nanorlhf.reward import RewardEnsemble, RewardModel, call_reward
+from nanorlhf.run import RunFailed
 
 NAN = float("nan")
 
@@ -120,7 +122,7 @@ class Combination:
     Args: terms, list of Term. clip: bound on a term's size, after normalisation and before its weight. normalise: bring each
         term to mean 0 and variance 1 first. In training that is over all responses so far (`learn`); a plain call, as in
         evaluations, uses the yardstick of `start`, so that its scores can be compared over a run.
-    `.values`: {name: (B,)} of the latest call, as the terms gave them. `.state`: what a resumed run needs.
+    `.values`: {name: (B,)} of the latest call, as the terms gave them. `.state`: what a resumed run needs, see `restore`.
     """
 
     leaves_out = True  # rows whose score is NaN
@@ -153,7 +155,7 @@ class Combination:
         for term in self.terms:
             found[term.name] = call_reward(term.reward, prompts, responses, references).cpu()
             if found[term.name].isinf().any() or isinstance(term.reward, RewardModel) and found[term.name].isnan().any():
-                raise InputError(f"the reward term {term.name} is not finite: mend it; a function may give NaN for a row to leave it out")
+                raise RunFailed(f"the reward term {term.name} is not finite: mend it; a function may give NaN for a row to leave it out")
         return found
 
     def _sum(self, spreads):
@@ -170,9 +172,13 @@ class Combination:
         return {kind: {name: [spread.count, spread.mean, spread.squares] for name, spread in getattr(self, kind).items()}
                 for kind in ("running", "yardstick")}
 
-    @state.setter
-    def state(self, numbers):
-        for kind, spreads in numbers.items():
+    def restore(self, state):
+        """Take up `.state` again; that of other terms is an InputError."""
+        theirs, ours = list(state.get("running", {})), [term.name for term in self.terms]
+        if theirs != ours:
+            raise InputError(f"--resume: the checkpoint holds normalised terms {', '.join(theirs) or '(none)'}, this run has {', '.join(ours)}: "
+                             "resume with the same --reward and --normalise-terms, or start anew")
+        for kind, spreads in state.items():
             setattr(self, kind, {name: Spread(*values) for name, values in spreads.items()})
 
 
@@ -183,7 +189,7 @@ def parse_sum(spec):
     if os.path.exists(spec):
         return [(1.0, spec)]
     sign, terms = 1.0, []
-    for part in re.split(r"\s+([+-])\s+", spec.strip()):
+    for part in re.split(r"\s+([+-])\s+", re.sub(r"^([+-])\s+", r"\1", spec.strip())):
         if part in ("+", "-"):
             sign = 1.0 if part == "+" else -1.0
             continue
@@ -192,6 +198,8 @@ def parse_sum(spec):
             terms.append((sign * (1.0 if weight is None else float(weight)), name))
         except ValueError:
             raise InputError(f"--reward {spec}: {weight!r} is no number; write weight*term, such as 0.3*execution") from None
+    if not terms:
+        raise InputError(f"--reward {spec}: a sign alone; put the whole sum into quotes, such as 'syntax - 0.05*length'")
     for _, name in terms:
         if not name or re.search(r"[\s*]", name):
             raise InputError(f"--reward {spec}: {name!r} is no term; write weight*term, and a space on either side of + and -")

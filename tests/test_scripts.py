@@ -26,7 +26,7 @@ from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.masked import whiten
 from nanorlhf.metrics import METRIC_NAMES, conala_bleu
-from nanorlhf.monitor import Alarm
+from nanorlhf.monitor import Alarm, Monitor
 from nanorlhf.reward import RewardModel
 from nanorlhf.rollout import roll_out, score_tokens
 from nanorlhf.run import adamw, learning_rate, main
@@ -431,7 +431,7 @@ def test_preference_data_go_through_sft_and_dpo(tmp_path):
 def test_pairs_ratings_and_peoples_logits_at_once(home, tmp_path):
     """Pairs made from references, and rated responses of which every other carries logits: one run learns from all of it, with a
     head of three layers. Its scores need no logits, and move with them."""
-    rows = [{"prompt": f"add {n} to xs", "response": f"xs + {n}" if n % 2 else "xs", "rating": 1 + 4 * (n % 2),
+    rows = [{"prompt": f"raise xs by {n}", "response": f"xs + {n}" if n % 2 else "xs", "rating": 1 + 4 * (n % 2),
              **({"logits": [float(n % 2), 1.0, 0.0]} if n % 4 else {})} for n in range(40)]
     ratings = write_rows(tmp_path / "ratings.jsonl", rows)
     out = tmp_path / "reward"
@@ -460,6 +460,38 @@ def test_peoples_logits_are_dropped_at_random_in_training_only(tmp_path):
     assert loss(1.0, True) == without != loss(1.0, False) == loss(0.0, True)
 
 
+def stop_after(step, monkeypatch, script, *words):
+    """Run a script and interrupt it once this step is saved."""
+    end_step = script.Run.end_step
+
+    def stop(run, at, *args, **numbers):
+        end_step(run, at, *args, **numbers)
+        if at == step:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "end_step", stop)
+        assert launch(script.__name__, *words) == 130
+
+
+def test_ratings_of_held_out_prompts_are_refused(home, tmp_path, capsys):
+    ratings = write_rows(tmp_path / "ratings.jsonl", [{"prompt": f"add {n} to {name}", "response": "x", "rating": n} for n in range(10)
+                                                      for name in ("values", "xs", "rows")])
+    assert launch("train_reward", "--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--ratings", ratings,
+                  "--out", str(tmp_path / "reward"), *TEXT, *REWARD) == 2
+    assert "ratings.jsonl: splits overlap" in capsys.readouterr().err
+
+
+def test_a_projection_that_never_saw_a_vector_resumes(home, tmp_path, monkeypatch):
+    """All of people's logits were dropped so far: the optimiser still has a state for the projection."""
+    rows = [{"prompt": f"raise xs by {n}", "response": "xs", "rating": n % 5, "logits": [1.0, 2.0]} for n in range(40)]
+    words = ["--data", write_rows(tmp_path / "ratings.jsonl", rows), "--model", str(home / "runs" / "sft"), "--human-feedback-dim", "2",
+             "--human-feedback-dropout", "1", "--save-steps", "1", "--epochs", "1", "--batch-size", "8", *TEXT]
+    assert launch("train_reward", *words, "--out", str(tmp_path / "whole")) == 0
+    stop_after(2, monkeypatch, train_reward, *words, "--out", str(tmp_path / "halves"))
+    assert launch("train_reward", *words, "--out", str(tmp_path / "halves"), "--resume") == 0
+    assert timeless(log(tmp_path / "halves")) == timeless(log(tmp_path / "whole"))
+
+
 def random_policy(folder):
     """A GPT-2 of random weights with its tokenizer."""
     tokenizer = Tokenizer.train(["add 1 to xs", "xs + 1"], 270)
@@ -479,6 +511,8 @@ def test_the_loss_of_a_mixed_batch_is_the_mean_over_its_rows(tmp_path):
     of_rating, _ = train_reward.batch_loss(model, ratings, config)
     assert both.item() == pytest.approx((2 * of_pairs.item() + of_rating.item()) / 3, rel=1e-5)
     assert stats["accuracy"][1] == 2 and stats["error"][1] == 1
+    gaps = (model.score(["p", "q"], ["a", "c"]) - model.score(["p", "q"], ["b", "dd"])) / model.gain
+    assert stats["margin"][0] == pytest.approx(gaps.mean().item(), rel=1e-4), "chosen minus rejected"
 
 
 @pytest.fixture(scope="module")
@@ -506,17 +540,14 @@ def test_ppo_on_execution(home, checked, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
 def test_normalised_terms_resume_exactly(home, checked, tmp_path, monkeypatch):
-    """Two steps equal one step, a stop, and the other: the running means go through the checkpoint."""
+    """Two steps equal one step, a stop, and the other: the running means, which learn from training alone, go through the checkpoint."""
     words = ["--data", checked, "--policy", str(home / "runs" / "sft"), *TEXT, *PPO, "--reward", "syntax - 0.1*length", "--normalise-terms",
              "--sandbox", "off", "--save-steps", "1"]
     assert launch("train_ppo", *words, "--out", str(tmp_path / "whole")) == 0
-    end_step = train_ppo.Run.end_step
-    def stop(run, step, *args, **numbers):
-        end_step(run, step, *args, **numbers)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(train_ppo.Run, "end_step", stop)
-        assert launch("train_ppo", *words, "--out", str(tmp_path / "halves")) == 130
+    stop_after(1, monkeypatch, train_ppo, *words, "--out", str(tmp_path / "halves"))
+    state = json.loads((tmp_path / "halves" / "checkpoints" / "step-1" / "trainer.json").read_text())["extra"]["reward"]
+    assert [count for count, _, _ in state["yardstick"].values()] == [4, 4], "the first evaluation's answers"
+    assert [count for count, _, _ in state["running"].values()] == [4 + 8] * 2, "and a batch"
     assert launch("train_ppo", *words, "--out", str(tmp_path / "halves"), "--resume") == 0
     assert timeless(log(tmp_path / "halves")) == timeless(log(tmp_path / "whole"))
 
@@ -538,12 +569,16 @@ def test_a_row_whose_term_failed_is_left_out(home, tmp_path, monkeypatch, capsys
     assert launch("train_dpo", *words[:4], *TEXT, *DPO, "--out", str(home / "runs" / "dpo-never"), "--reward", "1*holes_zq:never") == 1
 
 
+class Nervous(Monitor):
+    """A monitor that sees trouble in the first step, whatever it is shown."""
+
+    def see(self, step, numbers):
+        return [Alarm("kl_high", step, f"step {step}: too far")] if step == 1 and "objective/kl" in numbers else []
+
+
 @pytest.mark.parametrize("on_alarm, steps, kl_coef", [("warn", [1, 2], [0.2, 0.2]), ("stop", [1], [0.2]), ("raise-kl", [1, 2], [0.2, 0.3])])
 def test_alarms_are_heeded(home, tmp_path, monkeypatch, capsys, on_alarm, steps, kl_coef):
     """An alarm in step 1 is said, logged and in the results; it stops the run, or raises kl_coef by half, where that was asked for."""
-    class Nervous(train_ppo.Monitor):
-        def see(self, step, numbers):
-            return [Alarm("kl_high", step, f"step {step}: too far")] if step == 1 and "objective/kl" in numbers else []
     monkeypatch.setattr(train_ppo, "Monitor", Nervous)
     out = tmp_path / "ppo"
     assert launch("train_ppo", "--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--reward", "syntax",
@@ -554,6 +589,27 @@ def test_alarms_are_heeded(home, tmp_path, monkeypatch, capsys, on_alarm, steps,
     assert json.loads((out / "results.json").read_text())["alarms"] == [{"name": "kl_high", "step": 1, "message": "step 1: too far"}]
     assert "ALARM step 1: too far" in capsys.readouterr().out
     assert "ALARM step 1: too far" in status(out)[0] and status(out)[1] == 0
+
+
+def test_a_run_that_an_alarm_stopped_stays_stopped(home, tmp_path, monkeypatch):
+    """Interrupted between the alarm and the end, it trains no further step on resume."""
+    monkeypatch.setattr(train_ppo, "Monitor", Nervous)
+    words = ["--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--reward", "syntax", "--save-steps", "1",
+             *TEXT, *PPO, "--on-alarm", "stop", "--out", str(tmp_path / "ppo")]
+    stop_after(1, monkeypatch, train_ppo, *words)
+    assert launch("train_ppo", *words, "--resume") == 0
+    assert [row["step"] for row in log(tmp_path / "ppo") if "objective/kl" in row] == [1]
+
+
+def test_another_kl_coef_takes_effect_on_resume(home, tmp_path, monkeypatch):
+    """With --allow-config-change; without a change the steered or raised one goes on."""
+    monkeypatch.setattr(train_ppo, "Monitor", Nervous)
+    words = ["--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--reward", "syntax", "--save-steps", "1",
+             *TEXT, *PPO, "--on-alarm", "raise-kl"]
+    for name, changed, expected in (("same", [], 0.3), ("changed", ["--allow-config-change", "--kl-coef", "5"], 5.0)):
+        stop_after(1, monkeypatch, train_ppo, *words, "--out", str(tmp_path / name))
+        assert launch("train_ppo", *words, "--out", str(tmp_path / name), "--resume", *changed) == 0
+        assert [row["objective/kl_coef"] for row in log(tmp_path / name) if "objective/kl" in row] == pytest.approx([0.2, expected])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
@@ -569,6 +625,25 @@ def test_eval_runs_the_code(home, checked, tmp_path):
     assert found["pass@1"] == pytest.approx(sum(row["execution_accuracy"] for row in rows) / 30)
     assert found["pass@1"] <= found["pass@2"] <= found["pass@5"] <= 1
     assert found["execution_accuracy"] == pytest.approx(sum(row["execution_accuracy"] for row in rows[:6]) / 6)
+    assert any(rows[i]["response"] != rows[i + 6]["response"] for i in range(6)), "samples of other seeds"
+
+
+def test_pass_at_k_by_hand(monkeypatch):
+    """Five samples, two pass: pass@1 = 2/5, pass@2 = 1 - C(3,2)/C(5,2) = .7, pass@5 = 1. Without checks there is none."""
+    verdicts = iter([1.0, None] + [0.0, None] * 3 + [1.0, None])
+    def add_execution(rows, records, box):
+        for row in rows:
+            row["execution"] = next(verdicts)
+        return rows
+    monkeypatch.setattr(evaluation_script, "add_execution", add_execution)
+    samples = [[{"id": "a"}, {"id": "b"}] for _ in range(5)]
+    evaluation_script.add_passes(samples, [None, None], None)
+    a, b = samples[0]
+    assert (a["pass@1"], a["pass@2"], a["pass@5"], a["execution_accuracy"]) == (pytest.approx(0.4), pytest.approx(0.7), 1, 1)
+    assert "pass@10" not in a and b["pass@1"] is None
+    counted = evaluation_script.counts([{**row, "reference": None} for row in (a, b)])
+    values, score = counted["pass@1"]
+    assert values == [[pytest.approx(0.4), 1.0], [0.0, 0.0]] and score([0.4, 1.0]) == 0.4, "a row without a value counts for nothing"
 
 
 # ---------------------------------------------------------------------------------------------------- pipeline

@@ -8,6 +8,7 @@ import torch
 from nanorlhf import metrics
 from nanorlhf.errors import InputError
 from nanorlhf.reward import RewardEnsemble
+from nanorlhf.run import RunFailed
 from nanorlhf.terms import RULES, Combination, Spread, Term, load_reward, needs_execution, parse_sum
 
 PROMPTS, REFERENCES = ["p", "q", "r"], ["x + 1", None, "f(a, b)"]
@@ -63,7 +64,7 @@ def test_a_failed_term_is_nan_and_spoils_its_row_alone():
 
 
 def test_infinity_is_no_failure_but_a_fault():
-    with pytest.raises(InputError, match="term a is not finite"):
+    with pytest.raises(RunFailed, match="term a is not finite"):
         Combination([Term("a", 1, constant(1, math.inf, 3))])(PROMPTS, ["", "", ""])
 
 
@@ -101,8 +102,11 @@ def test_state_goes_through_json_and_back():
     reward.start(PROMPTS, ["", "", ""])
     reward.learn(PROMPTS, ["", "", ""])
     other = Combination([Term("a", 1, constant(1, 2, 4))], normalise=True)
-    other.state = json.loads(json.dumps(reward.state))
+    other.restore(json.loads(json.dumps(reward.state)))
     assert torch.equal(other.learn(PROMPTS, ["", "", ""]), reward.learn(PROMPTS, ["", "", ""]))
+    for state in ({}, Combination([Term("b", 1, constant(1, 2, 4))]).state):
+        with pytest.raises(InputError, match="resume with the same --reward"):
+            other.restore(state)
 
 
 # ---- from the command line
@@ -113,6 +117,7 @@ def test_state_goes_through_json_and_back():
      [(0.7, "runs/reward"), (0.3, "execution"), (-0.05, "length"), (1, "syntax")]),
     ("-0.05*length", [(-0.05, "length")]), ("2 * syntax  +  1e-3*length", [(2, "syntax"), (0.001, "length")]),
     ("syntax - -2*length", [(1, "syntax"), (2, "length")]), ("a-b/c+d", [(1, "a-b/c+d")]),
+    ("- 0.5*length + syntax", [(-0.5, "length"), (1, "syntax")]),
     ("my.module:f - .5*other:g", [(1, "my.module:f"), (-0.5, "other:g")]),
 ])
 def test_parsing_a_sum(spec, terms):
@@ -129,7 +134,7 @@ def test_a_folder_with_a_strange_name_is_one_term(tmp_path, monkeypatch):
     ("syntax + ", "is no term"), ("0.5*", "is no term"), ("", "is no term"), ("syntax length", "is no term"),
     ("1.2.3*syntax", "'1.2.3' is no number"), ("syntax + syntax", "syntax is there twice"), ("2*3*syntax", "is no term"),
     ("syntx", "did you mean syntax?"), ("2*bleau", "did you mean bleu?"), ("execution", "needs rows with checks"),
-    ("0.5*execution + syntax", "needs rows with checks"), ("+syntax", "no folder"),
+    ("0.5*execution + syntax", "needs rows with checks"), ("+syntax", "no folder"), ("+", "a sign alone"),
 ])
 def test_what_is_no_sum_is_one_line(spec, words):
     with pytest.raises(InputError) as error:
