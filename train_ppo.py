@@ -126,7 +126,7 @@ from nanorlhf.masked import masked_var, whiten
 from nanorlhf.monitor import RAISED, Monitor, cures, distinct_n
 from nanorlhf.ops import TORCH, choose
 from nanorlhf.plots import plot_overoptimisation, plot_ppo, read_log
-from nanorlhf.reward import call_reward
+from nanorlhf.reward import call_reward, term_values
 from nanorlhf.rollout import hidden_states, roll_out
 from nanorlhf.run import (Run, RunFailed, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
@@ -210,8 +210,8 @@ def rollout_numbers(batch):
 
 
 def reward_numbers(reward):
-    """What a sum's terms, or an ensemble's members, said of the latest responses, for the log."""
-    numbers = {f"reward/{name}": values.nanmean().item() for name, values in getattr(reward, "values", {}).items()
+    """What the terms of sums said of the latest responses, and how far an ensemble disagreed, for the log."""
+    numbers = {f"reward/{name}": values.nanmean().item() for name, values in term_values(reward).items()
                if not values.isnan().all()}
     disagreement = getattr(reward, "disagreement", None)
     if disagreement is not None and not disagreement.isnan().all():

@@ -14,7 +14,7 @@ from nanorlhf.config import asked
 from nanorlhf.errors import InputError
 from nanorlhf.metrics.bootstrap import paired_bootstrap
 from nanorlhf.metrics.execution import run_checks
-from nanorlhf.reward import RewardModel, call_reward
+from nanorlhf.reward import RewardModel, call_reward, term_values
 from nanorlhf.rollout import decode, generate, score_in_parts
 from nanorlhf.run import RunFailed, autocast
 from nanorlhf.sandbox import Sandbox
@@ -72,7 +72,7 @@ def add_rewards(rows, reward):
     """
     scores = call_reward(reward, *([row[name] for row in rows] for name in ("prompt", "response", "reference")))
     check_finite(scores, rows, left_out=getattr(reward, "leaves_out", False))
-    columns = {"reward": scores} | {f"reward/{name}": values for name, values in getattr(reward, "values", {}).items()}
+    columns = {"reward": scores} | {f"reward/{name}": values for name, values in term_values(reward).items()}
     for name, values in columns.items():
         for row, value in zip(rows, values.tolist()):
             row[name] = None if value != value else value

@@ -98,14 +98,19 @@ def plot_reward(run_folder):
 
 def plot_ppo(run_folder):
     """Write plots/ppo.png of a run of train_ppo.py; returns its path."""
-    names = sorted({name for row in read_log(Path(run_folder) / "metrics.jsonl") for name in row if name.startswith("reward/")})
-    terms = [("Term of the reward", name.removeprefix("reward/"), {name: "train", f"eval/{name}": "validation"}) for name in names]
-    return _plot_run(run_folder, PPO[:1] + terms + PPO[1:], "ppo", "PPO")
+    return _plot_run(run_folder, PPO + _terms(run_folder), "ppo", "PPO")
 
 
 def plot_dpo(run_folder):
     """Write plots/dpo.png of a run of train_dpo.py; returns its path."""
-    return _plot_run(run_folder, DPO, "dpo", "DPO")
+    return _plot_run(run_folder, DPO + _terms(run_folder), "dpo", "DPO")
+
+
+def _terms(run_folder):
+    """A panel for each term of the reward that the log knows, if that is a sum."""
+    names = sorted({name.removeprefix("eval/") for row in read_log(Path(run_folder) / "metrics.jsonl") for name in row
+                    if name.startswith(("reward/", "eval/reward/"))})
+    return [("Term of the reward", name.removeprefix("reward/"), {name: "train", f"eval/{name}": "validation"}) for name in names]
 
 
 def _plot_run(run_folder, spec, name, title):

@@ -340,6 +340,11 @@ class RewardEnsemble:
         return self(prompts, responses, [None] * len(prompts))
 
 
+def term_values(reward):
+    """{name: (B,)} of the terms that a sum, or the sums in an ensemble, gave in their latest call; {} for other rewards."""
+    return {name: values for member in getattr(reward, "rewards", [reward]) for name, values in getattr(member, "values", {}).items()}
+
+
 def call_reward(reward, prompts, responses, references=None):
     """Scores (B,) float32 of any reward; one that returns the wrong number of scores is an InputError."""
     references = [None] * len(prompts) if references is None else references

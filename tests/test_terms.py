@@ -7,7 +7,7 @@ import torch
 
 from nanorlhf import metrics
 from nanorlhf.errors import InputError
-from nanorlhf.reward import RewardEnsemble
+from nanorlhf.reward import RewardEnsemble, term_values
 from nanorlhf.run import RunFailed
 from nanorlhf.terms import RULES, Combination, Spread, Term, load_reward, needs_execution, parse_sum
 
@@ -150,3 +150,4 @@ def test_several_specs_make_an_ensemble_of_sums():
     reward = load_reward(["2*syntax", "length"], "min")
     assert reward(["p", "q"], ["x = 1", "x"], [None, None]).tolist() == [2.0, 1.0]
     assert reward.disagreement.tolist() == [0.5, 0.5]
+    assert {name: values.tolist() for name, values in term_values(reward).items()} == {"syntax": [1, 1], "length": [3, 1]}
