@@ -328,6 +328,17 @@ def test_the_best_reference_counts():
     assert ruby("f(x)", ["g()", "f(y)"]) == ruby("f(x)", "f(y)")
 
 
+def test_a_bounded_search_is_the_same_from_both_sides():
+    """A long program against one of three statements: from the one side the search once ended in its bound, from the other in a distance."""
+    a = ("u = urllib.request.urlopen(url)\nf = open(name, 'wb')\nmeta = u.info()\nsize = int(meta.getheaders('Content-Length')[0])\n"
+         "print(('Downloading: %s Bytes: %s' % (name, size)))\ndone = 0\nblock = 8192\nwhile True:\n    buffer = u.read(block)\n"
+         "    if (not buffer):\n        break\n    done += len(buffer)\n    f.write(buffer)\n"
+         "    status = ('%10d  [%3.2f%%]' % (done, ((done * 100.0) / size)))\n    status = (status + (chr(8) * (len(status) + 1)))\n"
+         "    print(status, end=' ')\nf.close()")
+    b = "gen = (i for (i, x) in enumerate(testlist) if (x == 1))\nfor i in gen:\n    pass"
+    assert ruby(a, b) == ruby(b, a)
+
+
 @needs_conala
 def test_identity_symmetry_and_range():
     rng, codes = random.Random(SEED), snippets()

@@ -85,11 +85,17 @@ def _graph_similarity(a, b):
         return None
     if sum(tree.cells for tree in a.nodes) * sum(tree.cells for tree in b.nodes) > MAX_CELLS:
         return None
+    a, b = sorted((a, b), key=_size)  # the search is bounded: from either side it must be the same one
     costs = [[tree_distance(x, y) / (len(x.labels) + len(y.labels)) for y in b.nodes] for x in a.nodes]
     distance = graph_distance(costs, a.edges, b.edges)
     if distance is None:
         return None
     return 1 - distance / (len(a.nodes) + len(a.edges) + len(b.nodes) + len(b.edges))
+
+
+def _size(graph):
+    """An order of graphs: the smaller first, equal ones by what they hold."""
+    return len(graph.nodes), len(graph.edges), repr((sorted(graph.edges), [node.labels for node in graph.nodes]))
 
 
 # ---- strings
