@@ -154,7 +154,7 @@ def merge_kernel(STATISTICS, TARGETS, LOGPROBS, ENTROPY, TOP, MASS, N, V, splits
     mass = tl.sum(fade * masses, 0)
     tilt = tl.sum(fade * (tilts + drop * masses), 0)
     log_mass = tl.log2(mass)
-    logprob = ((target_logit - top) * scale - log_mass) * LN2
+    logprob = (target_logit - top) * temperature_inv - log_mass * LN2
     target = tl.load(TARGETS + rows, mask=valid, other=0)
     tl.store(LOGPROBS + rows, tl.where((target >= 0) & (target < V), logprob, float("nan")), mask=valid)
     tl.store(ENTROPY + rows, (log_mass - tilt / mass) * LN2, mask=valid)

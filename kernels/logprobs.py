@@ -41,7 +41,9 @@ def forward_kernel(X, TARGETS, WEIGHTS, LOGPROBS, ENTROPY, TOP, LOG_MASS, count,
         top, mass, tilt = update(logits, top, mass, tilt, scale)
     top, log_mass, entropy = finish(top, mass, tilt, scale)
 
-    tl.store(LOGPROBS + row, tl.where(live, ((at_target - top) * scale - log_mass) * LN2, 0.0))
+    # Not from z: one rounding where a product with log2(e) and one with ln 2 would be three.
+    logprob = (at_target - top) * temperature_inv - log_mass * LN2
+    tl.store(LOGPROBS + row, tl.where(live, logprob, 0.0))
     tl.store(ENTROPY + row, tl.where(live, entropy, 0.0))
     tl.store(TOP + row, top)
     tl.store(LOG_MASS + row, log_mass)

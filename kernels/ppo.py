@@ -102,7 +102,7 @@ def ppo_kernel(X, GRADIENT, TARGETS, OLD, REF, ADVANTAGES, WEIGHTS, FACTOR, PER_
     top, log_mass, entropy = finish(top, mass, tilt, scale)
 
     # 2. The token's loss and statistics, and its slope dloss/dnew.
-    new = ((at_target - top) * scale - log_mass) * LN2
+    new = (at_target - top) * temperature_inv - log_mass * LN2
     old, advantage = tl.load(OLD + row).to(tl.float32), tl.load(ADVANTAGES + row).to(tl.float32)
     loss, slope, clipped, log_ratio, ratio = surrogate(new, old, advantage, low, high, dual, DUAL)
     total = loss - entropy_coef * entropy

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanorlhf.errors import InputError
-from nanorlhf.jail.judge import GRACE, test_names
+from nanorlhf.jail.judge import GRACE
 from nanorlhf.jail.values import MAX_BYTES, decode, encode, receive, same, send
 from nanorlhf.jail.walls import LAYERS, Off
 
@@ -197,9 +197,9 @@ class Sandbox:
         Args:
             code: the candidate's source, run as a module.
             tests: sources with assertions; they run in the judge, where `entry_point` is a stub that asks the child.
-                `==` is strict (`same`); arguments cross by value, so that a change of an argument is not seen.
-            entry_point: the name, or a list of names, that tests use from the code. None: the one unknown name in them.
-        Raises InputError if a test does not parse or the entry point cannot be told; never for anything in the code.
+                Arguments cross by value, so that a change of an argument is not seen.
+            entry_point: the name, or a list of names, that tests may use from the code. None: all that nothing else has.
+        Raises InputError if a test does not parse; never for anything in the code.
         """
         return self.check_many([{"code": code, "tests": tests, "entry_point": entry_point}])[0]
 
@@ -267,14 +267,12 @@ def _prepare(job):
     tests = _texts(job["tests"], "tests")
     if not tests:
         raise InputError("no tests: a check without one would pass anything")
-    try:
-        unknown, _ = test_names(tests)
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"a test does not parse: {error}") from None
-    if job.get("entry_point") is None and len(unknown) > 1:
-        names = ", ".join(sorted(unknown))
-        raise InputError(f"the tests use {names}: say which of them the code defines with entry_point=")
-    entries = sorted(unknown) if job.get("entry_point") is None else _texts(job["entry_point"], "entry_point")
+    for test in tests:
+        try:
+            compile(test, "<test>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as error:
+            raise InputError(f"a test does not parse: {error}") from None
+    entries = None if job.get("entry_point") is None else _texts(job["entry_point"], "entry_point")
     return {"code": job["code"], "tests": tests, "entries": entries}
 
 

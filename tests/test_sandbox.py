@@ -186,7 +186,7 @@ ATTACKS = {
     "closes its descriptor": "import os\ndef f(x):\n    os.close(3)\n    return 0",
     "replaces its descriptor": "import os, socket\ndef f(x):\n    a, b = socket.socketpair(); os.dup2(a.fileno(), 3)\n    return 0",
     "patched answer loop": "import sys\nfor m in list(sys.modules.values()):\n    if hasattr(m, 'encode') and hasattr(m, 'decode'):\n"
-                           "        m.encode = lambda value, keep=None: True\n        m.same = m._strict = lambda a, b=0: True\ndef f(x): return 0",
+                           "        m.encode = lambda value, keep=None: True\n        m._number = m.form = lambda a, b=0: True\ndef f(x): return 0",
     "patched json": "import json\njson.dumps = lambda m: '{\"value\": true}'\ndef f(x): return 0",
     "patched builtins": "import builtins\nbuiltins.AssertionError = None\nbuiltins.all = builtins.any = lambda *a: True\ndef f(x): return 0",
     "patched operator module": "import operator\noperator.eq = lambda a, b: True\ndef f(x): return 0",
@@ -225,11 +225,6 @@ ATTACKS = {
     "hash collisions": "def f(x): return {i * (2 ** 61 - 1): 0 for i in range(20000)}",
     "endless iterator": "class E:\n    def __iter__(self): return self\n    def __next__(self): return 1\ndef f(x): return E()",
     "a value that is a test": "def f(x): return 'assert True'",
-    "True for 1": ("def f(x): return True", "assert f(7) == 1"),
-    "1 for True": ("def f(x): return 1", "assert f(7) == True"),
-    "True for 1 in a chain": ("def f(x): return True", "assert 0 < f(7) == 1"),
-    "True for 1, nested": ("def f(x): return {'a': [(True, 2)]}", "assert f(7) == {'a': [(1, 2)]}"),
-    "True in a list of numbers": ("def f(x): return True", "assert f(7) in [0, 1]"),
     "two wrongs by !=": ("class E:\n    def __ne__(self, o): return True\ndef f(x): return E()", "assert not f(7) != 3"),
     "endless list": ("class E:\n    def __iter__(self): return self\n    def __next__(self): return 1\ndef f(x): return E()",
                      "assert list(f(7)) == [1]"),
@@ -294,6 +289,10 @@ PROGRAMS = {
     "instance as argument": ("class N:\n    def __init__(self, v, n=None): self.v, self.n = v, n\ndef f(n):\n    t = 0\n    while n: t += n.v; n = n.n\n    return t",
                              ["assert f(N(1, N(2))) == 3"]),
     "lambda as argument": ("def f(g, x): return [g(g(v)) for v in x]", ["assert f(lambda v: v + 1, [1]) == [3]"]),
+    "test's function as argument": ("def f(g, x): return [g(v) for v in x]",
+                                    ["def twice(v, n=2): return n * v\nassert f(twice, [1]) == [2]", "assert f([twice, 0][0], [3]) == [6]"]),
+    "True is 1, as in Python": ("def f(x): return x > 0", ["assert f(7) == 1 and f(-7) in [0, 5]", "assert {'a': f(7)} == {'a': 1}"]),
+    "named like a builtin": ("def sorted(x): return x", ["assert sorted([2, 1]) == [2, 1]"]),
     "closure": ("def f(n):\n    return lambda x: x + n", ["assert f(2)(3) == 5"]),
     "decorator": ("import functools\n@functools.lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)", ["assert f(80) == 23416728348467685"]),
     "raises": ("def f(x):\n    if x < 0: raise ValueError('negative')\n    return x",
@@ -349,7 +348,7 @@ PROGRAMS = {
     "large value": ("def f(n): return list(range(n))", ["assert f(20000) == list(range(20000))"]),
 }
 
-ENTRY = {"class": "Stack", "dataclass": "P", "instance as argument": ("f", "N")}  # where it is not `f`
+ENTRY = {"class": "Stack", "dataclass": "P", "instance as argument": ("f", "N"), "named like a builtin": "sorted"}  # where it is not `f`
 
 # Attacks on the time limit: with a short one, once for each user, and not again for each layer left out.
 SLOW = ["endless loop", "endless loop at import", "endless loop that eats exceptions", "sleeps for ever", "masked signals",
@@ -711,7 +710,7 @@ def test_bad_options(options, message):
     ({"code": None, "tests": ["assert f()"]}, "code must be text, not NoneType"),
     ({"code": "", "tests": []}, "no tests"), ({"code": "", "tests": ["assert f("]}, "a test does not parse"),
     ({"code": "", "tests": ["x = '\0'"]}, "a test does not parse"), ({"code": "", "tests": [1]}, "tests must be text"),
-    ({"code": "", "tests": None}, "tests must be text"), ({"code": "", "tests": ["assert f(g(1))"]}, "the tests use f, g: say which"),
+    ({"code": "", "tests": None}, "tests must be text"), ({"code": "", "tests": ["return 1"]}, "a test does not parse"),
     ({"code": "", "tests": ["assert f()"], "entry_point": 3}, "entry_point"), ({"code": "1", "expression": 1}, "expression must be text"),
     ({"code": "1", "setup": 1}, "setup must be text"), ({"code": "1", "test": ["assert f()"]}, "'test'"),
     ({"code": "1", "tests": ["assert f()"], "setup": ""}, "'setup'"), ({"tests": ["assert f()"]}, "code"),
@@ -722,6 +721,17 @@ def test_bad_jobs(box, job, message):
 
 
 # ---- check, evaluate, check_many
+
+def test_names_that_tests_may_use(box):
+    """Without entry_point all that the code has, but never in place of Python's or a module; with it nothing else."""
+    code = "def f(x): return g(x)\ndef g(x): return x + 1\ndef abs(x): return 9\nclass math:\n    isclose = max"
+    assert box.check(code, ["assert f(g(1)) == 3", "def twice(x): return g(g(x))\nassert [twice(x) for x in [1]] == [3]"]).passed
+    assert not box.check(code, ["assert abs(f(1)) == 9"]).passed and not box.check(code, ["assert math.isclose(f(1), 3)"]).passed
+    assert box.check(code, ["assert abs(1) == 9", "assert f(1) == 2"], ["abs", "f"]).passed
+    assert box.check(code, ["assert f(1) == 2 and g"], "f").detail == "NameError: name 'g' is not defined"
+    assert box.check(code, ["assert h(1)"]).detail == "NameError: the code does not define h"
+
+
 
 def test_check(box):
     assert box.check("def f(x): return x + 1", ["assert f(1) == 2"]) == Outcome(True, "ok", pytest.approx(0, abs=30))

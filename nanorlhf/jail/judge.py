@@ -4,11 +4,10 @@ A child says values, never verdicts: whatever it writes to its one descriptor is
 no expected value ever enters it, so to forge an answer is to guess it. Only the walk through every test is a pass.
 """
 
-import ast
 import builtins
 import fcntl
 import importlib
-import operator
+import marshal
 import os
 import resource
 import signal
@@ -16,9 +15,10 @@ import socket
 import struct
 import sys
 import time
+import types
 
 from . import walls
-from .values import MAX_BYTES, decode, encode, isin, receive, same, send
+from .values import MAX_BYTES, decode, encode, receive, send
 
 GRACE = 2.0  # seconds beyond the time limit after which the trainer takes the judge itself for stuck
 SIGNALS = {each.value: each.name for each in signal.Signals}
@@ -45,7 +45,7 @@ class Session:
         """The value of one question. What the code raised is raised here as the nearest builtin Exception."""
         if self.stopped:
             raise self.stopped
-        request = {"ask": question, "args": encode((args, kwargs), _number), "plain": plain}
+        request = {"ask": question, "args": encode((args, kwargs), self.number), "plain": plain}
         try:
             send(self.sock, request)
             reply = receive(self.sock, MAX_BYTES)
@@ -61,6 +61,14 @@ class Session:
         error = kind.__new__(kind, text)  # not called: UnicodeDecodeError wants five arguments
         error.said = f"{names[0] if names else 'error'}: {text}"
         raise error
+
+    def number(self, value):
+        """The child's number of what is no plain value: it is there already, or a test's function, made anew there."""
+        if isinstance(value, types.FunctionType) and not value.__closure__:
+            value = self.ask("function", marshal.dumps(value.__code__), value.__defaults__)
+        if not isinstance(value, Remote):
+            raise TypeError(f"a test gives the code a value of type {type(value).__name__}: only plain builtins can cross")
+        return value._remote[1]
 
 
 class Remote:
@@ -86,84 +94,32 @@ for _name in ("getitem", "iter", "next", "len", "bool", "str", "int", "float"):
     setattr(Remote, f"__{_name}__", lambda self, *args, _name=_name: self._remote[0].ask(_name, self, *args))
 
 
-def _number(value):
-    """How the judge refers to what stayed in the child."""
-    if type(value) is not Remote:
-        raise TypeError(f"a test gives the code a value of type {type(value).__name__}: only plain builtins can cross")
-    return value._remote[1]
+class _Names(dict):
+    """The names of tests: their own; the entry points; Python's; the standard library's modules, imported or not; and
+    without entry points whatever the code has."""
 
+    def __init__(self, session, entries):
+        super().__init__(__name__="tests")
+        self.session, self.entries = session, entries
 
-COMPARISONS = {"Eq": same, "NotEq": lambda a, b: not same(a, b), "In": isin, "NotIn": lambda a, b: not isin(a, b),
-               "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge, "Is": operator.is_,
-               "IsNot": operator.is_not}
-
-
-def _compare(kinds, left, *rights):
-    """A comparison in a test; of a chain, `rights` are functions."""
-    kinds = kinds.split()
-    if len(kinds) == 1:
-        return COMPARISONS[kinds[0]](left, rights[0])
-    for kind, right in zip(kinds, rights):
-        right = right()
-        result = COMPARISONS[kind](left, right)
-        if not result:
-            break
-        left = right
-    return result
-
-
-class _Strict(ast.NodeTransformer):
-    """In a test, == and `in` become strict, and a lambda given to the code is made in the child."""
-
-    def __init__(self, entries):
-        self.entries = entries
-
-    def visit_Compare(self, node):
-        self.generic_visit(node)
-        kinds = [type(op).__name__ for op in node.ops]
-        if not {"Eq", "NotEq", "In", "NotIn"} & set(kinds):
-            return node
-        rights = node.comparators
-        if len(kinds) > 1:  # each operand is evaluated once, and not at all after a false comparison
-            nothing = ast.arguments([], [], None, [], [], None, [])
-            rights = [ast.Lambda(nothing, right) for right in rights]
-        return ast.Call(ast.Name("__compare__", ast.Load()), [ast.Constant(" ".join(kinds)), node.left, *rights], [])
-
-    def visit_Call(self, node):
-        if isinstance(node.func, ast.Name) and node.func.id in self.entries:
-            node.args = [self.made_there(each) if isinstance(each, ast.Lambda) else each for each in node.args]
-        return self.generic_visit(node)
-
-    def made_there(self, node):
-        return ast.Call(ast.Name("__run__", ast.Load()), [ast.Constant(ast.unparse(node))], [])
-
-
-def test_names(tests):
-    """(names that the tests read and neither they, Python nor the standard library define; modules among them)."""
-    read, bound = set(), set(dir(builtins))
-    for node in (node for test in tests for node in ast.walk(ast.parse(test))):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)) and node.name:
-            bound.add(node.name)
-    unknown = read - bound
-    return unknown - sys.stdlib_module_names, unknown & sys.stdlib_module_names
+    def __missing__(self, name):
+        if self.entries is None or name not in self.entries:
+            if hasattr(builtins, name):
+                raise KeyError(name)  # Python looks there next
+            if name in sys.stdlib_module_names:
+                return self.setdefault(name, importlib.import_module(name))
+            if self.entries is not None:
+                raise KeyError(name)
+        return self.setdefault(name, self.session.ask("name", name))
 
 
 def _walk_tests(session, job):
     """Run every test against the code; an exception ends it."""
     session.ask("load", job["code"])
-    names = {"__name__": "tests", "__compare__": _compare, "__run__": lambda text: session.ask("run", text)}
-    names.update({module: importlib.import_module(module) for module in test_names(job["tests"])[1]})
-    names.update({entry: session.ask("name", entry) for entry in job["entries"]})
+    names = _Names(session, job["entries"])
     for number, test in enumerate(job["tests"]):
-        tree = ast.fix_missing_locations(_Strict(job["entries"]).visit(ast.parse(test)))
         try:
-            exec(compile(tree, f"<test {number}>", "exec"), names)
+            exec(compile(test, f"<test {number}>", "exec", dont_inherit=True), names)
         except AssertionError as error:
             if hasattr(error, "said"):
                 raise

@@ -101,14 +101,9 @@ def _strict(value):
 
 
 def same(a, b):
-    """Equality of values as the judge means it: Python's ==, but True is not 1 at any depth. As in Python, 1 == 1.0, a
+    """Whether a value is the expected one: Python's ==, but True is not 1 at any depth. As in Python, 1 == 1.0, a
     list is not a tuple, and NaN equals nothing."""
     return bool(_strict(a) == _strict(b))
-
-
-def isin(a, b):
-    """`in` by `same`; of text and of what stayed behind it is Python's."""
-    return any(same(a, each) for each in b) if type(b) in (list, tuple, set, frozenset, dict) else a in b
 
 
 def send(sock, message):

@@ -61,9 +61,6 @@ def seccomp_program(files=True, extra=()):
     allow, load, equal, anyset, back = 0x7FFF0000, 0x20, 0x15, 0x45, 0x06  # RET_ALLOW; BPF_LD|W|ABS, JEQ, JSET, RET
     refuse = 0x00050000  # RET_ERRNO
     code = [(load, 0, 0, 4), (equal, 1, 0, audit), (back, 0, 0, 0x80000000), (load, 0, 0, 0)]
-    numbers = [line.split()[1 + column] for line in CALLS.replace("\n", " ").split(", ")]
-    for number in [int(n) for n in numbers if n != "-"] + [pair[column] for pair in extra]:
-        code += [(equal, 0, 1, number), (back, 0, 0, allow)]
     for name, pair, argument, test, operand, error in TESTED:
         if pair[column] is None or not files and name.startswith("open"):
             continue
@@ -75,7 +72,10 @@ def seccomp_program(files=True, extra=()):
                             (equal, 0, 1, operand >> 32), yes, no],
                  "never": [no]}[test]
         code += [(equal, 0, len(block), pair[column]), *block]
-    code.append((back, 0, 0, refuse | errno.EPERM))
+    numbers = [line.split()[1 + column] for line in CALLS.replace("\n", " ").split(", ")]
+    numbers = [int(n) for n in numbers if n != "-"] + [pair[column] for pair in extra]
+    code += [(equal, left, 0, number) for left, number in zip(range(len(numbers), 0, -1), numbers)]  # jumps to the last
+    code += [(back, 0, 0, refuse | errno.EPERM), (back, 0, 0, allow)]
     return b"".join(struct.pack("HBBI", *each) for each in code)
 
 
