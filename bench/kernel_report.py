@@ -1,6 +1,7 @@
 """What can be known of the kernels without a GPU: what they compile to, and how exact they are.
 
-    python bench/kernel_report.py --report docs/KERNELS.md          both tables, into the file, between their markers
+    python bench/kernel_report.py --report docs/KERNELS.md            both tables, into the file, between their markers
+    python bench/kernel_report.py --only compiled --report docs/KERNELS.md      with another Triton: its table beside
 
 Compiled, ahead of time: the public functions of kernels/ run forward and backward on small CPU tensors, and each
 launch is replaced by a compilation for the GPU asked for. So what is compiled, down to the alignments that Triton may
@@ -13,7 +14,6 @@ in float64, beside the error of the same definitions in float32.
 import argparse
 import collections
 import contextlib
-import functools
 import os
 import platform
 import re
@@ -34,6 +34,7 @@ import kernels
 from bench.kernels import CASES as TIMED
 from bench.kernels import checked, generator
 from kernels import advantages, linear_logprobs, rows
+from kernels.rows import INTERPRETED
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 VOCABULARIES = (50257, 50304, 151936)
@@ -76,16 +77,15 @@ def run_gae(dtype, V):
     kernels.gae(rewards, values, torch.ones(rewards.shape, dtype=torch.bool), last_values=rewards[:, 0])
 
 
-def run_linear(C, dtype, V):
+def run_linear(dtype, V):
     """Of real size, on a device without memory: how the vocabulary is split depends on the size."""
-    hidden, weight = zeros(8192, C, dtype=dtype, device="meta"), zeros(V, C, dtype=dtype, device="meta")
+    hidden, weight = zeros(8192, 768, dtype=dtype, device="meta"), zeros(V, 768, dtype=dtype, device="meta")
     logprobs, entropy = kernels.linear_token_logprobs(hidden, weight, zeros(8192, dtype=torch.int64, device="meta"))
     (logprobs + entropy).sum().backward()
 
 
 CASES = {"token_logprobs": run_logprobs, "fused_ppo_loss": run_ppo, "exact_kl": run_kl, "fused_dpo_loss": run_dpo,
-         "gae": run_gae, "linear, C = 768": functools.partial(run_linear, 768),
-         "linear, C = 100": functools.partial(run_linear, 100)}
+         "gae": run_gae, "linear_token_logprobs": run_linear}
 
 
 class Driver:
@@ -169,7 +169,7 @@ def report(case, architecture, precision, V):
 
 def shapeless(case):
     """Does it compile to the same whatever V is?"""
-    return case == "gae" or case.startswith("linear")
+    return case in ("gae", "linear_token_logprobs")
 
 
 def every():
@@ -229,31 +229,32 @@ def accuracy(N=16):
     return "\n".join(lines)
 
 
-def replace(path, name, text):
-    """Write text between the lines <!-- name --> and <!-- /name --> of a file."""
-    before, rest = path.read_text("utf-8").split(f"<!-- {name} -->\n")
-    after = rest.split(f"<!-- /{name} -->")[1]
-    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}", "utf-8")
+def show(name, text, path):
+    """Print text, and write it between the lines <!-- name --> and <!-- /name --> of the file, if one is given."""
+    print(text)
+    if path:
+        if f"<!-- {name} -->" not in path.read_text("utf-8"):
+            raise SystemExit(f"{path}: no lines <!-- {name} --> and <!-- /{name} --> to write this between; add them")
+        before, rest = path.read_text("utf-8").split(f"<!-- {name} -->\n")
+        after = rest.split(f"<!-- /{name} -->")[1]
+        path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}", "utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, help="Markdown file to write the tables into")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to compile; default: all")
-    parser.add_argument("--accuracy", action="store_true", help="only that table; needs TRITON_INTERPRET=1")
+    parser.add_argument("--only", choices=("compiled", "accuracy"), help="one of the two tables")
     arguments = parser.parse_args()
-    if arguments.accuracy:
-        return print(accuracy())
-    found = [row for part in every() if part[0] in arguments.cases for row in report(*part)]
-    versions = f"Triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    text = f"{versions}.\n\n{table(found)}"
-    print(text)
-    if arguments.report:
-        replace(arguments.report, "compiled", text)
-        exact = subprocess.run([sys.executable, __file__, "--accuracy"], env=os.environ | {"TRITON_INTERPRET": "1"},
-                               stdout=subprocess.PIPE, text=True, check=True).stdout
-        print(exact)
-        replace(arguments.report, "accuracy", exact.strip())
+    if arguments.only != "accuracy":
+        found = [row for part in every() for row in report(*part)]
+        versions = f"Triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+        show(f"compiled by Triton {triton.__version__.rpartition('.')[0]}", f"{versions}.\n\n{table(found)}", arguments.report)
+    if arguments.only != "compiled":
+        if INTERPRETED:
+            return show("accuracy", accuracy(), arguments.report)
+        command = [sys.executable, __file__, "--only", "accuracy"]
+        command += ["--report", arguments.report] if arguments.report else []
+        subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ with z = (logits - top) log2(e) / T, because the hardware's exponential has base
 move with it, as in rows.py. A row's vocabulary is cut into several runs (*splits*) so that few rows still fill the
 GPU; a second, tiny kernel merges the splits by the same rule and finishes
 
-    logprobs = ln 2 (z_target - log2 mass)        entropy = ln 2 (log2 mass - tilt / mass)
+    logprobs = (logit_target - top) / T - ln 2 log2 mass        entropy = ln 2 (log2 mass - tilt / mass)
 
 Measuring everything from the maximum is what keeps digits: z is exact to its own size even where the logits are
-+-1e4, and the target's z is the very number that went into mass, so that where p is close to 1, log p is not a
-difference of roundings.
++-1e4, and a target whose p is close to 1 is the maximum itself, so that its log p is no difference of roundings.
 
 **Backward.** With g and h the upstream gradients of a row's log-prob and entropy,
 
@@ -39,8 +38,8 @@ growing.
 
 Why tiles of 128 x 256: for each of C columns a tile reads 384 numbers and multiplies 128 x 256 pairs, the best ratio
 whose float32 result still fits the registers (128 a thread in 8 warps). From Hopper on, 16-bit tiles come through
-tensor descriptors, which need rows of a multiple of 16 bytes; other widths C, float32 and older GPUs load through
-pointers with masks.
+tensor descriptors; float32 and older GPUs load through pointers with masks. Both want rows of whole 16-byte groups:
+hidden and weight of a width C that is no multiple of 16 are copied, with zeros at the end of each row.
 
 Deviations from the definition in nanorlhf/logprobs.py: logits are never rounded to the input's precision, so that
 bfloat16 results are closer to the exact ones than those of token_logprobs(hidden @ weight.T, ...); logits of -inf are
@@ -206,10 +205,7 @@ def dlogits_kernel(HIDDEN, WEIGHT, N, V, C, stride_hidden, stride_weight, TARGET
 
 
 def tiling(dtype, capability):
-    """Block sizes and launch options of the two matrix kernels; capability: the major number.
-
-    None spills where the width C is a multiple of 16, as every GPT-2's is; at C = 100 they do (docs/KERNELS.md).
-    """
+    """Block sizes and launch options of the two matrix kernels, of which none spills; capability: the major number."""
     if INTERPRETED:
         blocks = 32, 128, 64, 4, 1
     elif dtype == torch.float32:
@@ -243,17 +239,23 @@ def gpu(device):
     return torch.cuda.get_device_capability(device)[0], torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def in_groups(x):
+    """x (n, C), or a copy with zeros after each row, whose rows are whole groups of 16 entries at aligned addresses."""
+    missing = -x.shape[1] % 16
+    return torch.nn.functional.pad(x, (0, missing)) if missing or x.data_ptr() % 16 else x
+
+
 def product(hidden, weight):
     """How to run a kernel over all tiles of hidden weight^T: grid, tiles per split, its first arguments, options."""
+    hidden, weight = in_groups(hidden), in_groups(weight)
     (N, C), V = hidden.shape, weight.shape[0]
     capability, processors = gpu(hidden.device)
     options = tiling(hidden.dtype, capability)
     block_n, block_v, block_c = options["BLOCK_N"], options["BLOCK_V"], options["BLOCK_C"]
     row_blocks, tiles = triton.cdiv(N, block_n), triton.cdiv(V, block_v)
     length = split_length(row_blocks, tiles, processors)
-    described = (capability >= 9 and TensorDescriptor is not None
-                 and hidden.element_size() == 2  # in float32, which feeds no tensor core, they compile with spills
-                 and C % 8 == 0 and all(x.data_ptr() % 16 == 0 for x in (hidden, weight)))
+    # Not in float32, which feeds no tensor core: there they compile with spills.
+    described = capability >= 9 and TensorDescriptor is not None and hidden.element_size() == 2
     factors = hidden, weight
     if described:
         factors = (TensorDescriptor.from_tensor(hidden, [block_n, block_c]),

@@ -17,10 +17,10 @@ OLD_INTERPRETER = triton.__version__ < "3.7" and tuple(map(int, numpy.__version_
 ROOT = Path(__file__).resolve().parent.parent
 V = 50257  # odd: the width for which a compiler left alone moves 2 bytes at a time
 PARTS = [(case, *where, V) for where, cases in {
-    (90, "bfloat16"): ("token_logprobs", "fused_ppo_loss", "exact_kl", "fused_dpo_loss", "linear, C = 768"),
-    (80, "bfloat16"): ("token_logprobs", "fused_ppo_loss", "exact_kl", "linear, C = 768"),
-    (90, "float32"): ("token_logprobs", "fused_ppo_loss", "exact_kl", "gae", "linear, C = 768"),
-    (80, "float32"): ("linear, C = 768",)}.items() for case in cases]
+    (90, "bfloat16"): ("token_logprobs", "fused_ppo_loss", "exact_kl", "fused_dpo_loss", "linear_token_logprobs"),
+    (80, "bfloat16"): ("token_logprobs", "fused_ppo_loss", "exact_kl", "linear_token_logprobs"),
+    (90, "float32"): ("token_logprobs", "fused_ppo_loss", "exact_kl", "gae", "linear_token_logprobs"),
+    (80, "float32"): ("linear_token_logprobs",)}.items() for case in cases]
 
 # Registers a thread. A multiprocessor has 65536: programs of 8 warps run three at a time with 80, two with 128, one
 # with 255.

@@ -362,6 +362,17 @@ def test_cpu_tensors_are_refused():
 # --- how the work is cut ----------------------------------------------------------------------------------------------
 
 
+def test_rows_are_made_whole_groups():
+    """Of 16 entries at aligned addresses: as they are if they are so, else a copy with zeros after each row."""
+    x = torch.randn(3, 32)
+    assert kernel.in_groups(x) is x
+    for odd in (torch.randn(3, 5), torch.randn(3 * 32 + 1)[1:].view(3, 32)):
+        whole = kernel.in_groups(odd)
+        assert whole.shape[1] % 16 == 0 and whole.data_ptr() % 16 == 0 and whole.is_contiguous()
+        torch.testing.assert_close(whole[:, :odd.shape[1]], odd, rtol=0, atol=0)
+        assert not whole[:, odd.shape[1]:].any()
+
+
 def test_splits_fill_the_processors():
     """64 row blocks x 197 tiles on 132 processors: 2 splits of 99 tiles leave 4 idle and take 99 tiles' time; 33 splits
     of 6 tiles are 16 full rounds of programs, 96 tiles' time, where 64 * 197 / 132 = 95.5 is the least."""
