@@ -71,7 +71,7 @@ def report(rows, layers, count):
     on = ", ".join(name if state is True else f"{name} ({state})" for name, state in layers.items() if state)
     off = "; ".join(f"{name} ({state[5:]})" for name, state in layers.items() if not state)
     lines = ["# The sandbox: checks a second", "",
-             f"Date {time.strftime('%Y-%m-%d')}. {platform.system()} {platform.release()} {platform.machine()}, "
+             f"Date {time.strftime('%Y-%m-%d')}. {platform.system()} {platform.release().split('-')[0]} {platform.machine()}, "
              f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, user id {os.geteuid()}. {count} checks "
              f"of each kind, each in a process of its own; the best of {RUNS} sandboxes.", "",
              "    python bench/sandbox.py --report bench/results/sandbox.md", "",

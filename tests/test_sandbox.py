@@ -1072,7 +1072,7 @@ def table():
     Path(OUTSIDE, "canary").write_text("sings")
     with tempfile.TemporaryDirectory() as folder:
         runners = {"root" if os.geteuid() == 0 else "this user": runner(sys.executable, ROOT), "nobody": nobody_runner(Path(folder))}
-        print(f"{time.strftime('%Y-%m-%d')}, Linux {platform.release()} {platform.machine()}, Python {platform.python_version()}; "
+        print(f"{time.strftime('%Y-%m-%d')}, Linux {platform.release().split('-')[0]} {platform.machine()}, Python {platform.python_version()}; "
               f"{len(ATTACKS)} attacks\n")
         print("| user | layers left out | off for other causes | attacks held | got through |\n|---|---|---|---:|---|")
         for user, run in runners.items():
