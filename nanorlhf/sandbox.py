@@ -63,9 +63,10 @@ class _Worker:
 
     def start(self):
         self.sock, judge_end = socket.socketpair()
+        self.lifeline, life_end = socket.socketpair()
         control, zygote_end = socket.socketpair()
-        self.processes = [self.launch("zygote", zygote_end), self.launch("judge", judge_end, control)]
-        for end in (judge_end, control, zygote_end):
+        self.processes = [self.launch("zygote", zygote_end), self.launch("judge", judge_end, life_end, control)]
+        for end in (judge_end, life_end, control, zygote_end):
             end.close()
         self.sock.settimeout(60)
         try:
@@ -111,6 +112,7 @@ class _Worker:
     def stop(self):
         """Without its judge the zygote ends its child and then itself."""
         self.sock.close()
+        self.lifeline.close()
         box, judge = self.processes
         judge.kill()
         judge.wait()

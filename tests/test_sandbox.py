@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from nanorlhf import sandbox
 from nanorlhf.errors import InputError
 from nanorlhf.jail import walls
+from nanorlhf.jail.values import receive, send
 from nanorlhf.sandbox import Outcome, Sandbox, decode, encode, same
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -906,8 +907,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 from nanorlhf.sandbox import Sandbox
 with Sandbox(timeout=60) as box:
     print(*(process.pid for worker in box.workers for process in worker.processes), flush=True)
-    box.check_many([("import time\\ntime.sleep(%d)" % (50 + i), ["assert f()"], "f") for i in range(4)])
+    busy = ("def f(): return 10 ** 4", ["assert 7 ** f() ** f() == 0"], "f")  # the judge never comes to look who is there
+    box.check_many([busy] + [("import time\\ntime.sleep(%d)" % (50 + i), ["assert f()"], "f") for i in range(3)])
 """
+
+
+def test_what_arrives_while_a_sample_runs_ends_no_judge():
+    """The kernel signals activity on the socket at any moment up to some time after a job was read: it must mean nothing.
+    (A watch on that socket, in place of the lifeline, ended one judge in 20,000.)"""
+    with Sandbox(workers=1) as box:
+        worker, job = box.workers[0], {"code": "import time\ntime.sleep(0.3)\n7", "setup": "", "expression": None}
+        for _ in range(2):
+            send(worker.sock, job)
+            time.sleep(0.1)  # the judge has the first and waits for the child
+        assert [receive(worker.sock)["value"] for _ in range(2)] == [7, 7]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda each: each.name)

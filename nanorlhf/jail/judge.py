@@ -161,16 +161,6 @@ def _judge(session, job, timeout):
     return status, "".join(c if c.isprintable() else " " for c in detail[:300]), value if status == "ok" else None
 
 
-def _watch(trainer, on):
-    """While a sample runs, the kernel ends this process (SIGIO) as soon as the trainer is gone, whatever it does."""
-    fcntl.fcntl(trainer, fcntl.F_SETFL, os.O_ASYNC if on else 0)
-    try:
-        if on and not trainer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-            os._exit(0)  # gone before we looked
-    except BlockingIOError:
-        pass
-
-
 def _fresh_child(control):
     """A socket to a new child, ready behind its walls; OSError, EOFError or ValueError if the zygote made none."""
     near, far = socket.socketpair()
@@ -222,19 +212,17 @@ def on(state):
     return not str(state).startswith("off: ")
 
 
-def main(trainer, control, config):
-    """Serve the trainer until it goes away."""
+def main(trainer, lifeline, control, config):
+    """Serve the trainer until it goes away. Nothing is ever sent on the lifeline: the one thing that can happen to it is
+    that the trainer ends, and then the kernel ends this process too (SIGIO), whatever a test is busy with."""
     trainer, control = socket.socket(fileno=trainer), socket.socket(fileno=control)
-    fcntl.fcntl(trainer, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
     try:
         layers = receive(control)
         _walls(config, layers)
         send(trainer, layers)
         while True:
-            job = receive(trainer)
-            _watch(trainer, True)
-            said = _sample(control, job, config["timeout"])
-            _watch(trainer, False)
-            send(trainer, said)
+            send(trainer, _sample(control, receive(trainer), config["timeout"]))
     except (EOFError, BrokenPipeError):  # the trainer is gone; or the zygote, and it has said why
         os._exit(0)
