@@ -32,6 +32,7 @@ def compose(a1, b1, c1, v1, e1, a2, b2, c2, v2, e2):
 @triton.jit
 def gae_kernel(REWARDS, VALUES, MASK, LAST_VALUES, ADVANTAGES, RETURNS, COUNT, MEAN, SQUARES, length, gamma, lam,
                BOOTSTRAP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """One sequence, last block first: advantages, returns, and the sums over its mask that whitening needs."""
     row = tl.program_id(0).to(tl.int64)
     advantage_after, value_after = tl.zeros((), PRECISION), tl.zeros((), PRECISION)
     if BOOTSTRAP:

@@ -65,6 +65,7 @@ def response_logp(LOGPROBS, WEIGHTS, row, length, MEAN: tl.constexpr, BLOCK: tl.
 @triton.jit
 def pair_kernel(CHOSEN, REJECTED, CHOSEN_WEIGHTS, REJECTED_WEIGHTS, REF_CHOSEN, REF_REJECTED, OUT, pairs, chosen_length,
                 rejected_length, beta, label_smoothing, LOSS: tl.constexpr, BLOCK: tl.constexpr):
+    """One pair, from its tokens' log-probs: OUT (7, pairs) is loss, two rewards, two log-probs, two slopes in them."""
     pair = tl.program_id(0)
     chosen, chosen_unit = response_logp(CHOSEN, CHOSEN_WEIGHTS, pair, chosen_length, LOSS == "ipo", BLOCK)
     rejected, rejected_unit = response_logp(REJECTED, REJECTED_WEIGHTS, pair, rejected_length, LOSS == "ipo", BLOCK)

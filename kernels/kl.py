@@ -58,6 +58,7 @@ def meet(top, mass, gap, ref_top, ref_mass, scale):
 def kl_forward_kernel(X, Y, KL, TOP, LOG_MASS, REF_TOP, REF_LOG_MASS,
                       count, x_outer, x_inner, y_outer, y_inner, width, scale,
                       GROUPS: tl.constexpr, UNIT: tl.constexpr):
+    """One row pair's KL in nats, and what the backward needs: maximum and log of the sum of either row."""
     row = tl.program_id(0)
     x, y = row_at(X, row, count, x_outer, x_inner), row_at(Y, row, count, y_outer, y_inner)
     head, groups = cut(x, width, UNIT)  # the host laid y out like x: one cut serves both
@@ -101,6 +102,7 @@ def kl_gradients(x, y, top, log_mass, ref_top, ref_log_mass, kl, g, scale):
 def kl_backward_kernel(X, Y, DX, DY, G, KL, TOP, LOG_MASS, REF_TOP, REF_LOG_MASS,
                        count, x_outer, x_inner, y_outer, y_inner, d_outer, d_inner, width, temperature_inv,
                        WITH_DX: tl.constexpr, WITH_DY: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr):
+    """One row pair's gradients into the policy's logits (DX) and the reference's (DY), for the upstream gradient G."""
     row = tl.program_id(0)
     g, kl = tl.load(G + row).to(tl.float32) * temperature_inv, tl.load(KL + row)
     live = g != 0

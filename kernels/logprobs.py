@@ -24,6 +24,7 @@ from kernels.rows import (LN2, LOG2E, as_rows, check, check_temperature, cut, ed
 @triton.jit
 def forward_kernel(X, TARGETS, WEIGHTS, LOGPROBS, ENTROPY, TOP, LOG_MASS, count, outer, inner, width, temperature_inv,
                    WEIGHTED: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr):
+    """One row: its log-prob and entropy, and `top` and `log_mass` for the backward. WEIGHTS of 0: 0 and 0, unread."""
     row = tl.program_id(0)
     live = tl.load(WEIGHTS + row) != 0 if WEIGHTED else True
     width = tl.where(live, width, 0)  # of a masked row nothing is read
@@ -53,6 +54,7 @@ def forward_kernel(X, TARGETS, WEIGHTS, LOGPROBS, ENTROPY, TOP, LOG_MASS, count,
 def backward_kernel(X, GRADIENT, TARGETS, G, H, LOGPROBS, ENTROPY, TOP, LOG_MASS,
                     count, outer, inner, out_outer, out_inner, width, temperature_inv,
                     SLOPED: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr):
+    """One row's gradient, from what the forward kept and the upstream gradients G and H; SLOPED: there is an H."""
     row = tl.program_id(0)
     g = tl.load(G + row).to(tl.float32) * temperature_inv
     h = tl.load(H + row).to(tl.float32) * temperature_inv if SLOPED else 0.0

@@ -72,6 +72,7 @@ def ppo_kernel(X, GRADIENT, TARGETS, OLD, REF, ADVANTAGES, WEIGHTS, FACTOR, PER_
                temperature_inv, low, high, dual, kl_coef, entropy_coef,
                KL: tl.constexpr, DUAL: tl.constexpr, BONUS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
                RESIDENT: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr):
+    """One row: 1 read it, 2 its token's loss, statistics (PER_TOKEN) and slope, 3 write the logits' gradient."""
     row = tl.program_id(0)
     weight = tl.load(WEIGHTS + row)
     live = weight != 0
