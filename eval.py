@@ -69,6 +69,7 @@ from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate, pass_at_k
 from nanorlhf.metrics.bootstrap import corpus_bootstrap, paired_corpus_bootstrap
 from nanorlhf.metrics.counted import COUNTED
 from nanorlhf.metrics.honesty import assess
+from nanorlhf.metrics.ruby import ruby_quality
 from nanorlhf.pipeline import check_policy
 from nanorlhf.run import Run, check_run, main, pick_device, seed_everything
 from nanorlhf.terms import ExecutionReward, load_reward, needs_execution
@@ -117,6 +118,8 @@ def texts(rows):
 def counts(rows):
     """{metric: (rows of counts, score)}: what the intervals and comparisons are drawn from."""
     found = {name: ([metric.counts(*pair) for pair in zip(*_listed(rows))], metric.score) for name, metric in COUNTED.items()}
+    rated = [ruby_quality(row["response"], row["execution_accuracy"])["ruby_quality"] for row in rows if row["reference"] is not None]
+    found["ruby_quality"] = [[value, 1.0] for value in rated], COUNTED["ruby_quality"].score  # as `score`: execution counts
     for name in of_rows(rows):
         if any(row.get(name) is not None for row in rows):  # a row without the value counts for nothing
             found[name] = ([[0.0, 0.0] if row.get(name) is None else [float(row[name]), 1.0] for row in rows],
@@ -254,13 +257,13 @@ def run_evaluation(config):
         records = records[:config.rows or None]
         answers, counted, numbers, findings = {}, {}, {}, {}
         for name, (model, tokenizer) in models.items():
-            rows = answers[name] = answer(model, tokenizer, records, config, config.temperature, seed=config.seed,
+            rows = answers[name] = answer(model, tokenizer, records, config, config.temperature, seed=config.seed * config.samples,
                                           batch_size=config.batch_size)
             if reward is not None:
                 add_rewards(rows, reward)
             if encoder is not None:
                 add_bertscores(rows, *encoder)
-            more = [answer(model, tokenizer, records, config, config.temperature, seed=config.seed + i, batch_size=config.batch_size)
+            more = [answer(model, tokenizer, records, config, config.temperature, seed=config.seed * config.samples + i, batch_size=config.batch_size)
                     for i in range(1, config.samples)]
             add_passes([rows, *more], records, box)
             for some in (rows, *more):

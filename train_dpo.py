@@ -11,7 +11,7 @@ made, so that PPO and DPO start from the same SFT model and learn from the same 
 """
 from dataclasses import dataclass
 
-from nanorlhf.config import option, parse
+from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError
 from nanorlhf.options import DataOptions, KernelOptions, SandboxOptions, TrainOptions
 
@@ -39,7 +39,7 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     max_grad_norm: float = option(1.0, "bound on the gradient's norm", above=0)
     temperature: float = option(1.0, "temperature of the samples that are evaluated", group="Evaluation", above=0)
     eval_every: int = option(40, "evaluate every so many steps", at_least=1)
-    eval_rows: int = option(200, "validation prompts answered", at_least=1)
+    eval_rows: int = option(200, "validation prompts answered, where a reward scores answers", at_least=1)
     patience: int = option(0, "stop after so many evaluations without a better one; 0: never", at_least=0)
 
     def check(self):
@@ -162,6 +162,9 @@ def train(config):
     if splits.train[0].chosen is None and splits.train[0].reference is None:
         raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from; "
                          "give one of them")
+    if splits.train[0].chosen is not None and reward is None and (idle := asked(config, "temperature")):
+        raise InputError(f"{idle}: for answers that a reward scores, but --data {config.data} brings its own pairs and there is no "
+                         "--reward: leave out, or give one")
     if config.policy:
         pipeline.check_policy(config.policy, config)
     else:

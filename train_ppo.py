@@ -84,6 +84,11 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
             raise InputError("--normalise-terms is for one sum, not for an ensemble of several --reward: write the sum 'a + b', or leave it out")
         if asked(self, "kl_horizon") and self.kl_target is None:
             raise InputError("--kl-horizon is for --kl-target, which steers kl_coef: give both, or neither")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise InputError("--kl-target steers kl_coef by factors, which --kl-coef 0 leaves at 0: give a --kl-coef above 0")
+        if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
+            raise InputError(f"--kl-horizon {self.kl_horizon:g}: one batch of {self.batch_size} could bring kl_coef to 0 or below; "
+                             f"give more than {0.2 * self.batch_size:g}")
         if self.on_alarm == "raise-kl" and self.kl_coef == 0:
             raise InputError("--on-alarm raise-kl multiplies kl_coef, which --kl-coef 0 leaves at 0: give a --kl-coef above 0")
         if self.minibatch_size > self.batch_size:
@@ -362,7 +367,7 @@ def train(config):
     run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage,
                alarms=[alarm._asdict() for alarm in alarms])
     plot_ppo(run.folder)
-    plot_overoptimisation(run.folder)
+    plot_overoptimisation(run.folder, monitor.eval_rows)
     print(f"{run.folder}/final is step {run.best_step}, the best by validation reward; {run.seconds():.0f} s")
 
 

@@ -68,7 +68,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorlhf.data import Splits, check_leakage, open_data
+from nanorlhf.data import Splits, check_leakage, normalise, open_data
 from nanorlhf.errors import InputError, naming
 from nanorlhf.evaluation import answer, open_sandbox
 from nanorlhf.feedback import PAIR_FILES, read_pairs, write_pairs
@@ -114,6 +114,11 @@ def examples(splits, policy, tokenizer, config, checkpoint=None):
         more, _ = open_data(replace(config, data=config.ratings, data_format="feedback", min_probability=None))
         with naming(f"--ratings {config.ratings}"):
             check_leakage(Splits(more.train, splits.validation, splits.test, splits.extra), config.allow_overlap)
+        prompts = {normalise(r.prompt) for r in splits.train}
+        seen, held_out = ([r for r in more.validation if (normalise(r.prompt) in prompts) is known] for known in (True, False))
+        if seen:
+            print(f"ratings: {len(seen)} of {len(more.validation)} held-out rows have a prompt of the training pairs: trained on instead")
+            more.train, more.validation = more.train + seen, held_out
         found = [rows + added for rows, added in zip(found, rated(more, config))]
     if asked(config, "human_feedback_dim", "human_feedback_weight", "human_feedback_dropout") and not has_feedback(found[0]):
         raise InputError("--human-feedback-dim, -weight and -dropout are for people's logits, but no rated row has any: leave them out")

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: train a GPT-2 to answer a query with its reference snippet.
 
-    loss = -mean over response tokens of log pi(token | query, tokens before)
+    loss = -mean over response tokens of (1 - s) log pi(token | query, tokens before) + s mean_v log pi(v | the same)
 
+with s of --label-smoothing, which keeps the policy from growing so sure that PPO has nothing left to try (Szegedy et al. 2016).
 Only response tokens (EOS included) carry loss. Without --model a small GPT-2 starts from random weights, with a byte-level
 BPE trained on the training rows. The model kept is the one with the lowest validation loss.
 

@@ -83,7 +83,7 @@ class AdaptiveKLController:
     Args:
         kl_coef: the initial coefficient.
         target: the wanted KL of a whole response, in nats.
-        horizon: how many samples an error of 1 would take to double the coefficient; the original uses 10,000.
+        horizon: over so many samples the coefficient changes by at most about a fifth; the original uses 10,000.
     """
 
     def __init__(self, kl_coef, target, horizon):

@@ -160,6 +160,8 @@ def restore_random(tensors, source):
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     wanted = ["python", "python_gauss", "numpy", "numpy_gauss", "torch"] + ["cuda"] * cuda
     missing = [name for name in wanted if f"random/{name}" not in tensors]
+    if missing == ["cuda"]:
+        raise InputError(f"{source} was written by a run on the CPU, which a GPU cannot go on with as it would have: pass --device cpu")
     if missing:
         raise InputError(f"{source}/{TENSORS} lacks the state of the random generator {missing[0]}: the run cannot go on as it would "
                          "have; remove this checkpoint to resume from an older one")

@@ -120,11 +120,11 @@ def _gpu(torch, index):
     properties = torch.cuda.get_device_properties(index)
     found = (f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
              f"{free / 2**30:.1f} of {total / 2**30:.1f} GB free, CUDA {torch.version.cuda}")
-    if properties.major < 7:
-        return Line("note", f"GPU {index}", found, "Triton wants 7.0 or newer: kernels will not run on it")
+    if properties.major < 8:
+        return Line("note", f"GPU {index}", found, "the kernels need 8.0: --kernels torch runs on it; bfloat16 is slow, leave --precision fp32")
     if free < total / 2:
         return Line("note", f"GPU {index}", found, "another process holds most of it (nvidia-smi): choose another with --gpu")
-    return Line("ok", f"GPU {index}", found + ("" if properties.major >= 8 else "; bfloat16 is slow on it: leave --precision fp32"))
+    return Line("ok", f"GPU {index}", found)
 
 
 def _has_nvidia():

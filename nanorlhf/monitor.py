@@ -152,6 +152,8 @@ def band_alarm(band, history):
     if len(history) < band.window or history[-1][0] <= band.after:
         return None
     start, now = history[0][1], median(value for _, value in history[-band.window:])
+    if band.relative and start == 0:  # no multiple of nothing
+        return None
     low, high = (limit * start if band.relative else limit for limit in (band.low, band.high))
     if low <= now <= high:
         return None

@@ -70,6 +70,9 @@ class _TokenLogprobs(torch.autograd.Function):
             p = logp.exp()
             p *= torch.addcmul(level[part], logp, slope[part]) if entropic else level[part]
             gradient[part] = p.scatter_(1, targets[part, None], at_target[part])
+        idle = (g == 0) & (h == 0)
+        if idle.any():  # a masked token: 0 whatever its logits hold, NaN included
+            gradient.masked_fill_(idle, 0.0)
         return gradient, None, None
 
 
@@ -113,6 +116,8 @@ def ppo_loss(new_logprobs, entropy, logprobs, advantages, mask, cliprange=0.2, d
         optimiser step here, the losses of its micro-batches add up to the step's.
     Returns: loss (scalar), means over the mask {"policy_loss", "clipfrac", "approx_kl", "ratio", "entropy", "kl"}.
     """
+    if kl_coef and ref_logprobs is None:
+        raise ValueError("kl_coef needs ref_logprobs")
     policy_loss, stats = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, cliprange, dual_clip)
     loss, found = policy_loss, {"policy_loss": policy_loss.item(), **stats}
     if entropy_coef:

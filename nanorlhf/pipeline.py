@@ -33,13 +33,17 @@ def ensure(script, folder, config, **options):
         options: further options of the script; empty ones are left to it.
     Errors: InputError where the folder's run was made from other data or with other options.
     """
+    from nanorlhf.run import read_config  # imports torch, which --help does without
     folder = Path(folder)
     if options.get("policy") and Path(options["policy"]) == folder.parent / "sft":
         options["policy"] = ""  # the stage's own default, by another name
     given = {name: str(value) for name, value in options.items() if value}
     if (folder / "results.json").is_file():
         shared = {name: getattr(config, name) for name in
-                  ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template")}
+                  ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template",
+                   "max_query", "max_response")}
+        if read_config(folder).get("max_rows"):  # a trial on a few rows may use stages made on all, not the other way round
+            shared["max_rows"] = config.max_rows
         check_same(folder, shared | given | {name: options[name] for name in options if name == "policy"})
         print(f"{folder}: finished already, reused")
         return

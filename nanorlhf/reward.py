@@ -267,8 +267,8 @@ def _is_finite(value):
 def _build_gpt2(folder, settings):
     """(GPT2, the tensors that are not its own) from a folder."""
     tensors = hf.read_weights(folder)
-    if "lm_head.weight" not in tensors:  # a classifier: nothing to untie, whatever its config says
-        settings = {**settings, "tie_word_embeddings": True}
+    tensors.pop("lm_head.weight", None)  # a reward model scores no tokens
+    settings = {**settings, "tie_word_embeddings": True}
     with naming(folder / "config.json"):
         config = GPT2Config.from_dict(settings)
     return GPT2.from_state(config, tensors, folder)

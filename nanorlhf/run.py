@@ -31,6 +31,7 @@ import threading
 import time
 import tomllib
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,8 @@ def memory_advice(config):
     """The flags to lower, in the order that helps most and changes least."""
     advice = []
     if getattr(config, "micro_batch_size", 1) > 1:
-        advice.append(f"--micro-batch-size {max(1, config.micro_batch_size // 4)} (now {config.micro_batch_size}; changes nothing else)")
+        advice.append(f"--micro-batch-size {max(1, config.micro_batch_size // 4)} (now {config.micro_batch_size}; "
+                      "the same update, but for dropout's draws)")
     if getattr(config, "precision", "bf16") == "fp32":
         advice.append("--precision bf16")
     advice += [f"--{name.replace('_', '-')} below {getattr(config, name)}" for name in ("max_response", "max_query", "batch_size")
@@ -114,16 +116,15 @@ def memory_advice(config):
 def trial(body, config):
     """--dry-run: one step of every phase, on a few rows, with all that the script writes going to a temporary folder.
 
-    Finished stages beside --out are used; missing ones are tried too. Says how much memory it took.
+    Finished stages beside --out are used; missing ones are trained on the same few rows. Says how much memory it took.
     """
     out = Path(config.out)
     with tempfile.TemporaryDirectory(prefix="nanorlhf-dry-run-") as scratch:
         for stage in ("sft", "reward"):
             if (out.parent / stage / "results.json").is_file() and stage != out.name:
                 os.symlink((out.parent / stage).absolute(), Path(scratch) / stage)
-        small = {"out": f"{scratch}/{out.name}", "overwrite": False, "resume": False, "dry_run": False, "max_rows": 0, "steps": 1,
-                 "epochs": 1, "eval_rows": 2, "eval_every": 1, "save_steps": 1}
-        small["max_rows"] = getattr(config, "batch_size", 8)
+        small = {"out": f"{scratch}/{out.name}", "overwrite": False, "resume": False, "dry_run": False, "steps": 1, "epochs": 1,
+                 "eval_rows": 2, "eval_every": 1, "save_steps": 1, "max_rows": getattr(config, "batch_size", 8)}
         body(configuration.replace(config, **{name: value for name, value in small.items() if hasattr(config, name)}))
     print(f"dry run of {out}: every phase went through one step of a full batch, {peak_memory_mb():.0f} MB of "
           f"{'GPU memory' if torch.cuda.is_available() and config.device != 'cpu' else 'memory'} at the most; nothing was kept")
@@ -197,7 +198,10 @@ def check_run(config):
     if (out / "results.json").is_file():
         print(f"{out}: finished already, nothing to resume")
         raise SystemExit(0)
-    checkpoint.sweep(out), checkpoint.sweep(out / "checkpoints")
+    claimed = claim(out)  # what a living run is writing must not be swept
+    checkpoint.sweep(out)
+    checkpoint.sweep(out / "checkpoints")
+    os.close(claimed)
     found, skipped = checkpoint.newest(out)
     for path, fault in skipped:
         print(f"skipped {path}: {fault}")
@@ -253,6 +257,18 @@ def check_free(out, may_exist=False):
         raise InputError(f"--out {out}: {parent} cannot be written to; name another folder")
 
 
+def claim(folder):
+    """Lock a run folder: two processes in it would ruin each other's files. Returns the descriptor that holds the lock,
+    which goes with the process, however it ends."""
+    found = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(found)
+        raise InputError(f"--out {folder}: another process is writing this run; wait for it, or name another folder") from None
+    return found
+
+
 class Run:
     """The run folder of one training. Make it once all input has proved good; `with run:` around the loop minds the signals.
 
@@ -265,24 +281,17 @@ class Run:
         self.claim, self.signum = None, None
         self.changed = bool(resumed and changes(config, self.folder))
         if self.folder.exists():
-            self._claim()
+            self.claim = claim(self.folder)
             if resumed is None:
                 shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim()
-        configuration.save(config, self.folder / "config.toml")
+                self.close()
+        if self.claim is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.claim = claim(self.folder)
+        once = {name: False for name in ("overwrite", "resume", "allow_config_change") if hasattr(config, name)}
+        configuration.save(configuration.replace(config, **once), self.folder / "config.toml")  # a later --config must not replay them
         self.started, self.earlier = time.perf_counter(), 0.0
         self.best_score, self.best_step, self.misses = -float("inf"), 0, 0
-
-    def _claim(self):
-        """Lock the folder: two processes in it would ruin each other's files. The lock goes with the process, however it ends."""
-        self.close()
-        self.claim = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise InputError(f"--out {self.folder}: another process is writing this run; wait for it, or name another folder") from None
 
     def close(self):
         """Let go of the folder."""
@@ -302,20 +311,26 @@ class Run:
             self._append("samples.jsonl", {"step": step, **row})
 
     def _append(self, name, row):
-        with open(self.folder / name, "a", encoding="utf-8") as file:
+        with self._space(name), open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    # -- Checkpoints
-
-    def save(self, name, write):
-        """Write a model folder whole or not at all. A full disk keeps the old folder and stops the run."""
+    @contextmanager
+    def _space(self, name):
+        """A full disk becomes a RunFailed with advice."""
         try:
-            checkpoint.write_folder(self.folder / name, write)
+            yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise RunFailed(f"{self.folder / name} was not written: {os.strerror(error.errno)}; free some space, or lower "
                             f"--keep-checkpoints; {self.last_good()}") from None
+
+    # -- Checkpoints
+
+    def save(self, name, write):
+        """Write a model folder whole or not at all. A full disk keeps the old folder and stops the run."""
+        with self._space(name):
+            checkpoint.write_folder(self.folder / name, write)
 
     def check_space(self, optimizer, copies):
         """RunFailed unless the disk has room for so many copies of the weights that the optimiser trains."""
@@ -332,7 +347,9 @@ class Run:
         `resumed`.
         """
         self.check_space(optimizer, copies=3 if self.resumed else 5)  # a checkpoint: weights and two moments; best; final
-        (self.folder / "progress.json").write_text(json.dumps({"total_steps": total_steps}) + "\n")
+        partial = self.folder / ".progress.json.partial"
+        partial.write_text(json.dumps({"total_steps": total_steps}) + "\n")
+        os.replace(partial, self.folder / "progress.json")
         if self.resumed is None:
             return 0, {}
         numbers = checkpoint.load_state(self.resumed, optimizer)

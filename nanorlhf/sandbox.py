@@ -9,10 +9,10 @@ The three are in nanorlhf/jail. What is promised and what is not: SECURITY.md. E
 code that runs into it, and listed in `Sandbox.layers`, as `python -m nanorlhf.sandbox` does.
 """
 
+import ast
 import hashlib
 import json
 import logging
-import math
 import queue
 import socket
 import subprocess
@@ -85,13 +85,15 @@ class _Worker:
 
     def run(self, job):
         """What the judge says of a job; twice where no child came to be for it, for then the code did not run."""
+        if self.processes[1].poll() is not None:  # killed while idle
+            self.restart()
         for _ in range(2):
             begin = time.perf_counter()
             try:
                 self.sock.settimeout(self.config["timeout"] + 2 * GRACE)
                 send(self.sock, job)
                 said = receive(self.sock)
-            except (EOFError, OSError) as error:  # a test that computes for ever, or ended the judge
+            except (EOFError, OSError, ValueError) as error:  # a test that computes for ever, or ended the judge
                 status = "timeout" if isinstance(error, TimeoutError) else "crashed"
                 said = {"status": status, "seconds": time.perf_counter() - begin, "value": None,
                         "detail": "the judge did not answer"}
@@ -145,18 +147,19 @@ class Sandbox:
     def __init__(self, timeout=1.0, memory_mb=256, workers=2, mode="auto", without=()):
         if mode not in MODES:
             raise InputError(f"sandbox mode {mode!r}: choose one of {', '.join(MODES)}")
-        for name, value, least in (("timeout", timeout, 0), ("memory_mb", memory_mb, 15), ("workers", workers, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
-                raise InputError(f"{name} must be a number above {least}, not {value!r}")
+        for name, value, least, most in (("timeout", timeout, 0.01, 86_400), ("memory_mb", memory_mb, 16, 1 << 20),
+                                         ("workers", workers, 1, 1024)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+                raise InputError(f"{name} must be a number from {least} to {most}, not {value!r}")
         if workers != int(workers):
             raise InputError(f"workers must be a whole number, not {workers!r}")
-        unknown = [without] if isinstance(without, str) else sorted(set(without) - set(LAYERS))
+        unknown = [name for name in without if name not in LAYERS] if isinstance(without, (list, tuple)) else [without]
         if unknown:
             raise InputError(f"without must be a list of layers; {unknown[0]!r} is none; there are {', '.join(LAYERS)}")
         self.mode, self.layers, self.workers, self.cache = mode, {}, [], {}
         if mode == "off":
             return
-        config = {"timeout": timeout, "memory_mb": int(memory_mb), "without": list(without)}
+        config = {"timeout": timeout, "memory_mb": int(memory_mb), "without": without}
         try:
             for _ in range(int(workers)):
                 self.workers.append(_Worker(config))
@@ -211,6 +214,8 @@ class Sandbox:
 
     def check_many(self, jobs):
         """Outcomes of jobs, in order. A job is a dict of the arguments of `check` or `evaluate`, or a tuple."""
+        if not isinstance(jobs, (list, tuple)):
+            raise InputError(f"jobs must be a list, not {type(jobs).__name__}")
         jobs = [_prepare(job) for job in jobs]
         if self.mode == "off" or not self.workers:
             raise InputError("the sandbox is off or closed: no code is run")
@@ -271,10 +276,15 @@ def _prepare(job):
         raise InputError("no tests: a check without one would pass anything")
     for test in tests:
         try:
+            statements = ast.parse(test).body
             compile(test, "<test>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError) as error:
-            raise InputError(f"a test does not parse: {error}") from None
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise InputError(f"a test does not parse: {str(error) or 'it is too deep'}") from None
+        if not statements:
+            raise InputError(f"the test {test!r} holds no statement: it would pass anything")
     entries = None if job.get("entry_point") is None else _texts(job["entry_point"], "entry_point")
+    if entries is not None and not (entries and all(entry.isidentifier() for entry in entries)):
+        raise InputError(f"a job's entry_point must be a name or a list of names, not {job['entry_point']!r}")
     return {"code": job["code"], "tests": tests, "entries": entries}
 
 

@@ -446,6 +446,12 @@ bad("samples that cannot be run", {}, "eval --samples 5 --temperature 1", "--sam
     "leave it out")
 bad("a wall around nothing", {}, "train_ppo train_dpo eval --sandbox require", "has no checks to run code on",
     "leave execution and --sandbox out")
+bad("a temperature for answers that nobody scores", {}, "train_dpo --temperature 0.5", "--temperature: for answers that a reward scores",
+    "leave out, or give one")
+bad("a KL target with nothing to steer", {}, "train_ppo --kl-target 6 --kl-coef 0", "--kl-target steers kl_coef by factors",
+    "--kl-coef above 0")
+bad("a horizon shorter than a fifth of a batch", {}, "train_ppo --kl-target 6 --kl-horizon 50", "--kl-horizon 50: one batch of 256",
+    "more than 51.2")
 bad("a penalty of nothing to raise", {}, "train_ppo --on-alarm raise-kl --kl-coef 0", "--on-alarm raise-kl multiplies kl_coef",
     "--kl-coef above 0")
 bad("a scale for an ensemble", {}, "train_ppo --reward syntax length --normalise-terms", "--normalise-terms is for one sum",

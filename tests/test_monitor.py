@@ -123,6 +123,13 @@ def test_single_steps_never_fire(name, bad):
     assert Monitor(200).replay(training(metric, values)) == []
 
 
+def test_a_relative_band_from_0_is_none():
+    """No disagreement at step 1, or no distinct token: nothing is a multiple of that."""
+    for metric in ("objective/disagreement", "response/distinct"):
+        assert any(band.metric == metric and band.relative for band in BANDS.values())
+        assert Monitor(200).replay(training(metric, [0.0] * 3 + [0.9] * 9)) == []
+
+
 def test_a_relative_band_measures_from_step_1():
     """The same lengths, 12 to 20 tokens: within twice 12, not within twice 9."""
     assert Monitor(200).replay(training("response/length", [12.0] + [20.0] * 9)) == []

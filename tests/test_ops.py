@@ -185,3 +185,19 @@ def test_the_choice_is_said_and_never_silent(capsys, monkeypatch):
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(InputError, match="the package triton is not installed"):
         ops.choose("triton", "cuda")
+
+
+def test_a_masked_token_has_no_gradient_whatever_its_logits_hold():
+    """As in the kernels: 0 and not NaN, where both upstream gradients are 0."""
+    logits = torch.randn(3, 7)
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    logprobs, entropy = ops.token_logprobs(logits, torch.tensor([0, 1, 2]))
+    (logprobs[[0, 2]].sum() + entropy[[0, 2]].sum()).backward()
+    assert not logits.grad[1].any() and logits.grad[[0, 2]].isfinite().all() and logits.grad[0].any()
+
+
+def test_a_kl_coefficient_without_a_reference_is_an_error():
+    x = torch.zeros(2)
+    with pytest.raises(ValueError, match="kl_coef needs ref_logprobs"):
+        ops.ppo_loss(x, x, x, x, torch.ones(2, dtype=torch.bool), kl_coef=0.1)

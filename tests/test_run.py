@@ -206,6 +206,34 @@ def test_overwrite_replaces_the_old_run(run):
     assert tomllib.loads((run.folder / "config.toml").read_text())["lr"] == 0.5
 
 
+def test_the_saved_config_does_not_overwrite_or_resume_by_itself(run):
+    """--config of a finished run is for another run: what was said once, --overwrite, is not said again by the file."""
+    run.close()
+    Run(settings("--out", str(run.folder), "--overwrite", "--lr", "0.5")).close()
+    again = settings("--config", str(run.folder / "config.toml"))
+    assert (again.overwrite, again.resume, again.allow_config_change, again.lr) == (False, False, False, 0.5)
+    with pytest.raises(InputError, match="holds a run already"):
+        Run(again)
+
+
+def test_a_second_resume_leaves_the_living_run_alone(run):
+    """What is half-written belongs to the process that holds the lock."""
+    partial = run.folder / "checkpoints" / ".step-6.partial"
+    partial.mkdir(parents=True)
+    with pytest.raises(InputError, match="another process is writing this run"):
+        runs.check_run(settings("--out", str(run.folder), "--resume"))
+    assert partial.is_dir()
+    run.close()
+    runs.check_run(settings("--out", str(run.folder), "--resume"))
+    assert not partial.exists()
+
+
+def test_a_full_disk_stops_the_log_with_advice(run):
+    (run.folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunFailed, match="metrics.jsonl was not written: No space left on device; free some space"):
+        run.log(1, {"loss": 1.0})
+
+
 def test_the_log_is_one_json_line_a_step(run):
     run.log(1, {"loss": 0.5})
     run.log(2, {"loss": 0.25, "eval/reward": -1.0})

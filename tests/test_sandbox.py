@@ -231,6 +231,9 @@ ATTACKS = {
                      "assert list(f(7)) == [1]"),
     "lying length": ("class E:\n    def __len__(self): return 3\n    def __getitem__(self, i): return self\n"
                      "    def __eq__(self, o): return True\ndef f(x): return E()", "assert len(f(7)) == 3 and f(7)[0] == 5"),
+    "ends the test's loop": ("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 2 * x, range(5)))"),
+    "ends the test's zip": ("def f(x): raise StopIteration", "for got, want in zip(map(f, [1, 2]), [2, 4]):\n    assert got == want"),
+    "global for a test's function": ("k = 100\ndef f(g): return g(1)", "k = 1\nassert f(lambda v: v + k) == 101"),
     "ends while a test catches all": ("import os\ndef f(x): os._exit(0)", "try:\n    f(7)\nexcept BaseException:\n    pass"),
     "loops while a test catches all": ("def f(x):\n    while True: pass", "while True:\n    try:\n        f(7)\n    except BaseException:\n        break"),
     "no answer while a test catches all": ("def f(x): return 'x' * (2 << 20)", "try:\n    f(7)\nexcept BaseException:\n    pass"),
@@ -294,6 +297,17 @@ PROGRAMS = {
                                     ["def twice(v, n=2): return n * v\nassert f(twice, [1]) == [2]", "assert f([twice, 0][0], [3]) == [6]"]),
     "True is 1, as in Python": ("def f(x): return x > 0", ["assert f(7) == 1 and f(-7) in [0, 5]", "assert {'a': f(7)} == {'a': 1}"]),
     "named like a builtin": ("def sorted(x): return x", ["assert sorted([2, 1]) == [2, 1]"]),
+    "test's function with defaults": ("def f(g, x): return g(x)", ["assert f(lambda v, a=2, *, b=3: v + a + b, 1) == 6"]),
+    "attributes set by the test": ("class Node:\n    def __init__(self, v): self.v, self.next = v, None\n"
+                                   "def f(n):\n    t = 0\n    while n: t += n.v; n = n.next\n    return t",
+                                   ["a = Node(1)\na.next = Node(2)\na.v += 4\nassert f(a) == 7 and a.next.v == 2\ndel a.next\nassert not hasattr(a, 'next')"]),
+    "attributes that cannot be set": ("class Node:\n    __slots__ = ()\ndef f(): return Node()",
+                                      ["try:\n    f().v = 1\n    raised = False\nexcept AttributeError:\n    raised = True\nassert raised"]),
+    "items set by the test": ("class D:\n    def __init__(self): self.d = {}\n    def __setitem__(self, k, v): self.d[k] = v\n"
+                              "    def __getitem__(self, k): return self.d[k]\n    def __delitem__(self, k): del self.d[k]\ndef f(): return D()",
+                              ["d = f()\nd['a'] = 1\nd['b'] = 2\ndel d['b']\nassert d['a'] == 1 and d.d == {'a': 1}"]),
+    "argument called plain": ("def f(plain, keywords): return plain + keywords", ["assert f(plain='a', keywords='b') == 'ab'"]),
+    "in a class body": ("def f(x): return x + 1", ["class Case:\n    value = f(1)\n    f = staticmethod(f)\nassert Case.value == 2 == Case.f(1)"]),
     "closure": ("def f(n):\n    return lambda x: x + n", ["assert f(2)(3) == 5"]),
     "decorator": ("import functools\n@functools.lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)", ["assert f(80) == 23416728348467685"]),
     "raises": ("def f(x):\n    if x < 0: raise ValueError('negative')\n    return x",
@@ -349,7 +363,7 @@ PROGRAMS = {
     "large value": ("def f(n): return list(range(n))", ["assert f(20000) == list(range(20000))"]),
 }
 
-ENTRY = {"class": "Stack", "dataclass": "P", "instance as argument": ("f", "N"), "named like a builtin": "sorted"}  # where it is not `f`
+ENTRY = {"class": "Stack", "dataclass": "P", "instance as argument": ("f", "N"), "attributes set by the test": ("f", "Node"), "named like a builtin": "sorted"}  # where it is not `f`
 
 # Attacks on the time limit: with a short one, once for each user, and not again for each layer left out.
 SLOW = ["endless loop", "endless loop at import", "endless loop that eats exceptions", "sleeps for ever", "masked signals",
@@ -699,9 +713,10 @@ def test_a_closed_box_runs_nothing():
 
 @pytest.mark.parametrize("options, message", [
     ({"mode": "on"}, "sandbox mode 'on': choose one of auto, require, weak, off"),
-    ({"timeout": 0}, "timeout must be a number above 0, not 0"), ({"timeout": float("nan")}, "timeout"), ({"timeout": "1"}, "timeout"),
+    ({"timeout": 0}, "timeout must be a number from 0.01 to 86400, not 0"), ({"timeout": float("nan")}, "timeout"), ({"timeout": "1"}, "timeout"),
     ({"memory_mb": 1}, "memory_mb"), ({"workers": 0}, "workers"), ({"workers": 1.5}, "workers"), ({"workers": True}, "workers"),
-    ({"without": ["seccom"]}, "seccom"), ({"without": "seccomp"}, "without")])
+    ({"without": ["seccom"]}, "seccom"), ({"without": "seccomp"}, "without"),
+    ({"without": None}, "without"), ({"without": [["seccomp"]]}, "without"), ({"memory_mb": 1e13}, "memory_mb"), ({"timeout": 10 ** 400}, "timeout")])
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         Sandbox(**options)
@@ -712,6 +727,8 @@ def test_bad_options(options, message):
     ({"code": "", "tests": []}, "no tests"), ({"code": "", "tests": ["assert f("]}, "a test does not parse"),
     ({"code": "", "tests": ["x = '\0'"]}, "a test does not parse"), ({"code": "", "tests": [1]}, "tests must be text"),
     ({"code": "", "tests": None}, "tests must be text"), ({"code": "", "tests": ["return 1"]}, "a test does not parse"),
+    ({"code": "", "tests": ["# assert f()"]}, "holds no statement"), ({"code": "", "tests": ["-" * 100_000 + "1"]}, "a test does not parse"),
+    ({"code": "", "tests": ["assert f()"], "entry_point": []}, "entry_point"), ({"code": "", "tests": ["assert f()"], "entry_point": "f()"}, "entry_point"),
     ({"code": "", "tests": ["assert f()"], "entry_point": 3}, "entry_point"), ({"code": "1", "expression": 1}, "expression must be text"),
     ({"code": "1", "setup": 1}, "setup must be text"), ({"code": "1", "test": ["assert f()"]}, "'test'"),
     ({"code": "1", "tests": ["assert f()"], "setup": ""}, "'setup'"), ({"tests": ["assert f()"]}, "code"),
@@ -910,6 +927,39 @@ with Sandbox(timeout=60) as box:
     busy = ("def f(): return 10 ** 4", ["assert 7 ** f() ** f() == 0"], "f")  # the judge never comes to look who is there
     box.check_many([busy] + [("import time\\ntime.sleep(%d)" % (50 + i), ["assert f()"], "f") for i in range(3)])
 """
+
+
+def test_a_sample_leaves_the_judge_no_heavier():
+    """Values, tests' functions and their globals are in cycles: uncollected, ten samples would fill the judge's gigabyte."""
+    with Sandbox(workers=1, timeout=20, memory_mb=512) as box:
+        code, test = "def f(n): return 'x' * n", "xs = []\ndef more(): xs.append(f(900_000))\nfor i in range(100): more()\nassert len(xs) == %d"
+        assert [box.check(code, [test % 100 + f" + {i} - {i}"]).status for i in range(14)] == ["ok"] * 14
+        assert box.check(code, [test % 7]).status == "failed"
+
+
+def test_a_judge_killed_while_idle_costs_no_sample():
+    with Sandbox(workers=1) as box:
+        box.workers[0].processes[1].kill()
+        box.workers[0].processes[1].wait()
+        assert box.check("def f(): return 1", ["assert f() == 1"]).passed
+
+
+def test_packages_below_the_library_cannot_be_read(tmp_path):
+    """Where site-packages lies in the library's folder, as it does without a virtual environment."""
+    lib = tmp_path / "lib"
+    (lib / "site-packages").mkdir(parents=True)
+    (lib / "site-packages" / "secret.py").write_text("1")
+    (lib / "json").mkdir()
+    for path in ("json/tool.py", "ast.py"):
+        (lib / path).write_text("2")
+    script = (f"import os, sysconfig\nfrom nanorlhf.jail import walls\nsysconfig.get_path = lambda name: {str(lib)!r}\n"
+              "readable = walls.libraries()\nwalls.call('prctl', 38, 1, 0, 0, 0)\nwalls.enter_landlock(readable)\n"
+              f"print(open({str(lib / 'ast.py')!r}).read(), open({str(lib / 'json' / 'tool.py')!r}).read(), sorted(os.listdir({str(lib)!r})))\n"
+              f"try:\n    open({str(lib / 'site-packages' / 'secret.py')!r})\nexcept PermissionError:\n    print('refused')\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    if "Function not implemented" in done.stderr or "Operation not supported" in done.stderr:
+        pytest.skip("this kernel has no Landlock")
+    assert done.stdout == "2 2 ['ast.py', 'json', 'site-packages']\nrefused\n", done.stderr
 
 
 def test_what_arrives_while_a_sample_runs_ends_no_judge():

@@ -60,7 +60,7 @@ def launch(script, *words, draw=False):
     with pytest.MonkeyPatch.context() as patch:
         if not draw:
             patch.setattr(module, script.replace("train", "plot"), lambda folder: None)
-            patch.setattr(module, "plot_overoptimisation", lambda folder: None, raising=False)
+            patch.setattr(module, "plot_overoptimisation", lambda folder, rows: None, raising=False)
         try:
             main(module.train, parse(module.Config, module.PRESETS, list(words), prog=f"{script}.py"))
         except SystemExit as exit:
@@ -481,6 +481,25 @@ def test_ratings_of_held_out_prompts_are_refused(home, tmp_path, capsys):
     assert "ratings.jsonl: splits overlap" in capsys.readouterr().err
 
 
+def test_held_out_ratings_of_training_prompts_are_trained_on(home, tmp_path, capsys):
+    """Of one file's prompts some are held out at random; those of the training pairs would make eval/error too good."""
+    trained = [json.loads(line)["prompt"] for line in (home / "runs" / "reward" / "preferences.jsonl").read_text().splitlines()]
+    ratings = write_rows(tmp_path / "ratings.jsonl", [{"prompt": prompt, "response": "x", "rating": i % 5 + 1}
+                                                      for i, prompt in enumerate(dict.fromkeys(trained))])
+    assert launch("train_reward", "--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--ratings", ratings,
+                  "--out", str(tmp_path / "reward"), *TEXT, *REWARD) == 0
+    assert "held-out rows have a prompt of the training pairs: trained on instead" in capsys.readouterr().out
+    assert "eval/error" not in json.loads((tmp_path / "reward" / "results.json").read_text())["validation"]
+
+
+def test_ruby_quality_and_its_interval_are_of_one_quantity():
+    """Three programs that parse and fail their checks: .8 each, and so are both ends of the interval."""
+    rows = [{"response": "x + 1", "reference": "x", "execution_accuracy": 0.0, "reward": None, "length": 1, "ended": True}] * 3
+    counted = evaluation_script.counts(rows)
+    numbers = evaluation_script.score(rows, {"ruby_quality": counted["ruby_quality"]})
+    assert numbers["ruby_quality"] == pytest.approx(0.8) and list(numbers["intervals"]["ruby_quality"]) == [pytest.approx(0.8)] * 2
+
+
 def test_a_projection_that_never_saw_a_vector_resumes(home, tmp_path, monkeypatch):
     """All of people's logits were dropped so far: the optimiser still has a state for the projection."""
     rows = [{"prompt": f"raise xs by {n}", "response": "xs", "rating": n % 5, "logits": [1.0, 2.0]} for n in range(40)]
@@ -669,7 +688,7 @@ def test_a_missing_stage_is_made_with_the_same_data(home, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("change",
-                         [["--template", "Q {prompt}\n"], ["--split-seed", "5"], ["--data-format", "reference"]])
+                         [["--template", "Q {prompt}\n"], ["--split-seed", "5"], ["--data-format", "reference"], ["--max-query", "19"]])
 def test_a_stage_of_other_data_is_refused(home, change, capsys):
     """Other splits would let the reward stage learn from what is now a test row."""
     out = home / "runs" / "ppo-other"

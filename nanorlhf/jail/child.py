@@ -1,9 +1,10 @@
-"""The child: a forked process that runs the code and answers the judge's questions about it. It knows no test.
+"""The child: a forked process that runs the code and answers the judge's questions about it. It knows no test, but for functions that one hands to the code.
 
 What it answers is believed to be a value and nothing more; nothing here is a wall, the code may change all of it.
 """
 
 import ast
+import builtins
 import marshal
 import operator
 import sys
@@ -37,10 +38,16 @@ def answer(sock):
             raise NameError(f"the code does not define {name}")
         return names[name]
 
+    def function(code, defaults, keyword_defaults):
+        """A test's function: among Python's names and not the code's, nor the test's."""
+        made = types.FunctionType(marshal.loads(code), {"__builtins__": builtins}, None, defaults)
+        made.__kwdefaults__ = keyword_defaults
+        return made
+
     questions = {"load": load, "run": lambda source: run_last(source, names), "name": name,
-                 "function": lambda code, defaults: types.FunctionType(marshal.loads(code), names, None, defaults),
-                 "call": lambda target, /, *args, **kwargs: target(*args, **kwargs), "getattr": getattr,
-                 "getitem": operator.getitem, "iter": iter, "next": next, "len": len, "bool": bool, "str": str,
+                 "function": function, "call": lambda target, /, *args, **kwargs: target(*args, **kwargs),
+                 "getattr": getattr, "setattr": setattr, "delattr": delattr, "getitem": operator.getitem,
+                 "setitem": operator.setitem, "delitem": operator.delitem, "iter": iter, "next": next, "len": len, "bool": bool, "str": str,
                  "int": int, "float": float}
     send(sock, "ready")  # from here on an end is the code's own doing
     while True:

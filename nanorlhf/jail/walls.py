@@ -95,7 +95,7 @@ def install_seccomp(program):
 # ---- files, users, processes
 
 def enter_landlock(readable):
-    """Refuse all files but reading those below `readable`, TCP, abstract sockets and signals to the outside, as far as
+    """Refuse all files but those of `readable`, {path: "read" | "list"} with all below, TCP, abstract sockets and signals to the outside, as far as
     this kernel knows them; returns its ABI version."""
     version = call("syscall", 444, None, 0, 1)
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
@@ -109,10 +109,12 @@ def enter_landlock(readable):
         except OSError as error:  # a kernel that knows less than its version says
             if error.errno not in (errno.EINVAL, errno.E2BIG) or not attributes:
                 raise
-    for path in readable:
-        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        call("syscall", 445, ruleset, 1, struct.pack("=Qi", 4 | 8, folder), 0)  # PATH_BENEATH: READ_FILE, READ_DIR
-        os.close(folder)
+    read, listed = 4, 8  # READ_FILE, READ_DIR
+    for path, rights in readable.items():
+        rights = {"list": listed, "read": read | listed if os.path.isdir(path) else read}[rights]
+        at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        call("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, at), 0)  # PATH_BENEATH
+        os.close(at)
     call("syscall", 446, ruleset, 0)
     os.close(ruleset)
     return f"abi{version}"
@@ -162,9 +164,12 @@ def try_in_fork(action, *args):
 
 
 def libraries():
-    """What may be read: the standard library and the time zones."""
-    folders = {*map(sysconfig.get_path, ("stdlib", "platstdlib")), "/usr/share/zoneinfo"}
-    return [folder for folder in folders if os.path.isdir(folder)]
+    """What may be read: the standard library and the time zones. Packages that are installed below it may be listed."""
+    found = {"/usr/share/zoneinfo": "read"}
+    for folder in map(sysconfig.get_path, ("stdlib", "platstdlib")):
+        found |= {folder: "list"} | {os.path.join(folder, name): "read" for name in os.listdir(folder)
+                                     if name not in ("site-packages", "dist-packages")}
+    return {path: rights for path, rights in found.items() if os.path.exists(path)}
 
 
 def limits(memory, seconds, own_user):
