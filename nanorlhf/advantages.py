@@ -25,7 +25,7 @@ def shape_rewards(scores, kl, response_mask, kl_coef):
     Returns: rewards (B, R), 0 where the mask is 0.
     """
     check_shapes(kl=kl, response_mask=response_mask)
-    check_shapes(scores=scores, rows=response_mask[:, 0])
+    check_shapes(scores=scores, rows=response_mask.sum(1))
     mask = response_mask != 0
     rewards = -kl_coef * keep(kl, mask)  # (B, R)
     rows = torch.nonzero(mask.any(1)).squeeze(1)  # an empty response has no token to carry its score
@@ -50,10 +50,10 @@ def gae(rewards, values, response_mask, gamma=1.0, lam=0.95, last_values=None):
     Returns: advantages (B, R), returns (B, R); 0 where the mask is 0.
     """
     check_shapes(rewards=rewards, values=values, response_mask=response_mask)
-    check_shapes(last_values=last_values, rows=response_mask[:, 0])
+    check_shapes(last_values=last_values, rows=response_mask.sum(1))
     mask = response_mask != 0
     rewards, values = keep(rewards, mask), keep(values, mask)
-    next_value = torch.zeros_like(values[:, 0]) if last_values is None else last_values.to(values.dtype)  # (B,)
+    next_value = values.new_zeros(len(values)) if last_values is None else last_values.to(values.dtype)  # (B,)
     advantage = torch.zeros_like(next_value)  # (B,) A_{t+1}
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):

@@ -102,7 +102,8 @@ def linear_token_logprobs(hidden, weight, targets, temperature=1.0):
     def rows(part):
         return token_logprobs(flat[part] @ weight.T, wanted[part], temperature)
 
-    found = [checkpoint(rows, part, use_reentrant=False) for part in _parts(len(flat), len(weight) // 8 + 1)]
+    parts = _parts(len(flat), len(weight) // 8 + 1) or [slice(0)]
+    found = [checkpoint(rows, part, use_reentrant=False) for part in parts]
     return tuple(torch.cat(column).view(targets.shape) for column in zip(*found))
 
 

@@ -48,7 +48,7 @@ PPO = [
     ("Entropy", "nats a token", {"policy/entropy": "train"}),
     ("Approximate KL", "new against old policy, nats a token", {"policy/approx_kl": "train"}),
     ("Clipped", "share of tokens", {"policy/clipfrac": "ratio", "value/clipfrac": "value"}),
-    ("Largest ratio", "max of π_new / π_old", {"policy/ratio_max": "train"}),
+    ("Ratio", "mean of π_new / π_old", {"policy/ratio": "train"}),
     ("Value loss", "clipped squared error", {"loss/value": "train"}),
     ("Explained variance", "1 - Var(returns - values) / Var(returns)", {"value/explained_variance": "train"}),
     ("Gradient norm", "before clipping", {"grad_norm": "train"}),

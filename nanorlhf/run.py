@@ -126,7 +126,7 @@ def trial(body, config):
         small = {"out": f"{scratch}/{out.name}", "overwrite": False, "resume": False, "dry_run": False, "steps": 1, "epochs": 1,
                  "eval_rows": 2, "eval_every": 1, "save_steps": 1, "max_rows": getattr(config, "batch_size", 8)}
         body(configuration.replace(config, **{name: value for name, value in small.items() if hasattr(config, name)}))
-    print(f"dry run of {out}: every phase went through one step of a full batch, {peak_memory_mb():.0f} MB of "
+    print(f"dry run of {out}: every phase went through one step of a full batch, {peak_memory_mb(children=True):.0f} MB of "
           f"{'GPU memory' if torch.cuda.is_available() and config.device != 'cpu' else 'memory'} at the most; nothing was kept")
 
 
@@ -162,11 +162,11 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def peak_memory_mb():
-    """The largest resident size of this process so far, in MB (of CUDA: the most allocated)."""
+def peak_memory_mb(children=False):
+    """The largest resident size of this process so far, in MB, or of a child that has ended (of CUDA: the most allocated)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(resource.getrusage(who).ru_maxrss for who in [resource.RUSAGE_SELF] + [resource.RUSAGE_CHILDREN] * children)
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)  # bytes on macOS, kilobytes on Linux
 
 

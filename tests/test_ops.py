@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorlhf import logprobs, ops
+from nanorlhf.advantages import gae
 from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.logprobs import kl_estimate
@@ -201,3 +202,11 @@ def test_a_kl_coefficient_without_a_reference_is_an_error():
     x = torch.zeros(2)
     with pytest.raises(ValueError, match="kl_coef needs ref_logprobs"):
         ops.ppo_loss(x, x, x, x, torch.ones(2, dtype=torch.bool), kl_coef=0.1)
+
+
+def test_nothing_in_nothing_out():
+    """No rows, no tokens: empty results of the right shapes, as from the kernels."""
+    for result in ops.linear_token_logprobs(torch.zeros(0, 4), torch.zeros(9, 4), torch.zeros(0, dtype=torch.long)):
+        assert result.shape == (0,)
+    for result in gae(torch.zeros(2, 0), torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool), last_values=torch.zeros(2)):
+        assert result.shape == (2, 0)
