@@ -40,6 +40,7 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     temperature: float = option(1.0, "temperature of the samples that are evaluated", group="Evaluation", above=0)
     eval_every: int = option(40, "evaluate every so many steps", at_least=1)
     eval_rows: int = option(200, "validation prompts answered, where a reward scores answers", at_least=1)
+    save_steps: int = option(25, "write checkpoints/step-N every so many steps; 0: only where a signal ends the run", at_least=0, group="Run")
     patience: int = option(0, "stop after so many evaluations without a better one; 0: never", at_least=0)
 
     def check(self):

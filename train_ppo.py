@@ -68,6 +68,7 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     bootstrap_truncated: bool = option(False, "take a response cut before EOS to be worth its last value, not 0, thereafter")
     eval_every: int = option(10, "evaluate on validation prompts every so many steps", group="Evaluation", at_least=1)
     eval_rows: int = option(200, "validation prompts answered", at_least=1)
+    save_steps: int = option(10, "write checkpoints/step-N every so many steps; 0: only where a signal ends the run", at_least=0, group="Run")
     patience: int = option(0, "stop after so many evaluations without a better validation reward; 0: never", at_least=0)
     on_alarm: str = option("warn", "when the monitor sees over-optimisation, collapse or divergence: say so; also stop; or also raise kl_coef "
                            "by half where that is the cure", choices=("warn", "stop", "raise-kl"))

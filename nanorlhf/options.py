@@ -16,7 +16,8 @@ class RunOptions:
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     precision: str = option("fp32", "bf16 runs matrix products in bfloat16; weights and losses stay float32",
                          choices=("fp32", "bf16"))
-    dry_run: bool = option(False, "try one step of every phase on a few rows, say how much memory it took, and keep nothing")
+    dry_run: bool = option(False, "try one step of every phase on a few rows (one epoch of them for a stage that is missing), say how "
+                          "much memory it took, and keep nothing")
     debug: bool = option(False, "show the traceback of every error")
 
 

@@ -45,12 +45,14 @@ def ensure(script, folder, config, **options):
         if read_config(folder).get("max_rows"):  # a trial on a few rows may use stages made on all, not the other way round
             shared["max_rows"] = config.max_rows
         check_same(folder, shared | given | {name: options[name] for name in options if name == "policy"})
-        print(f"{folder}: finished already, reused")
+        seed = read_config(folder).get("seed", config.seed)
+        print(f"{folder}: finished already, reused" + (f"; its seed is {seed}" if seed != config.seed else ""))
         return
     words = [script, f"--out={folder}", f"--seed={config.seed}", f"--device={config.device}", f"--precision={config.precision}"]
     words += data_flags(config) + [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     if script == "train_reward.py":
         words += [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in SandboxOptions.__dataclass_fields__ if asked(config, name)]
+    words += ["--epochs=1"] if getattr(config, "trial", False) else []
     words += [f"--gpu={config.gpu}"] if config.gpu is not None else []
     words += [f"--preset={config.config_preset}"] if config.config_preset else []
     if folder.exists():
@@ -86,7 +88,7 @@ def check_same(folder, wanted):
     for name, value in wanted.items():
         if (name in theirs or value is not None) and theirs.get(name) != value:  # an unset option is not in the file
             raise InputError(f"{folder} was made with {name} = {theirs.get(name)!r}, this run asks for {value!r}: ask for the same, "
-                             "or name another folder; for --out: stages are made beside it")
+                             "or name another folder; stages are made beside --out, unless --policy and --reward name them")
 
 
 def check_policy(folder, config, *names):

@@ -43,6 +43,7 @@ from nanorlhf.errors import InputError
 
 
 KEPT = "interrupted; what was saved is kept, and the same command with --resume goes on from it"
+NOTHING_KEPT = "interrupted; nothing was finished: run it again, with --overwrite where it says that --out holds a run"
 
 
 class RunFailed(RuntimeError):
@@ -63,8 +64,10 @@ def main(body, config):
     0 done, 1 failed at run time, 2 usage or input, 130 / 143 interrupted by SIGINT / SIGTERM. A fault of ours keeps its
     traceback; --debug shows every other one's too.
     """
+    kept = KEPT if hasattr(config, "resume") and not getattr(config, "dry_run", False) else NOTHING_KEPT
+
     def terminate(signum, frame):
-        raise Interrupted(signum, KEPT)
+        raise Interrupted(signum, kept)
 
     before = signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
     try:
@@ -76,7 +79,7 @@ def main(body, config):
     except Interrupted as error:
         _leave(config, signal.Signals(error.signum).name, error, 128 + error.signum)
     except KeyboardInterrupt:
-        _leave(config, "SIGINT", KEPT, 130)
+        _leave(config, "SIGINT", kept, 130)
     except PermissionError as error:
         _leave(config, "error", f"{error.filename}: {error.strerror}; change its rights, or name another place", 2)
     except (RuntimeError, MemoryError) as error:
@@ -125,7 +128,9 @@ def trial(body, config):
                 os.symlink((out.parent / stage).absolute(), Path(scratch) / stage)
         small = {"out": f"{scratch}/{out.name}", "overwrite": False, "resume": False, "dry_run": False, "steps": 1, "epochs": 1,
                  "eval_rows": 2, "eval_every": 1, "save_steps": 1, "max_rows": getattr(config, "batch_size", 8)}
-        body(configuration.replace(config, **{name: value for name, value in small.items() if hasattr(config, name)}))
+        tried = configuration.replace(config, **{name: value for name, value in small.items() if hasattr(config, name)})
+        tried.trial = True  # for the stages that `pipeline.ensure` makes
+        body(tried)
     print(f"dry run of {out}: every phase went through one step of a full batch, {peak_memory_mb(children=True):.0f} MB of "
           f"{'GPU memory' if torch.cuda.is_available() and config.device != 'cpu' else 'memory'} at the most; nothing was kept")
 

@@ -55,7 +55,8 @@ def contents(folder):
 @pytest.mark.parametrize("error, code, line", [
     (InputError("--lr is odd"), 2, "train_x.py: error: --lr is odd\n"),
     (RunFailed("the loss is nan"), 1, "train_x.py: failed: the loss is nan\n"),
-    (KeyboardInterrupt(), 130, "train_x.py: SIGINT: interrupted; what was saved is kept, and the same command with --resume goes on from it\n"),
+    (KeyboardInterrupt(), 130, "train_x.py: SIGINT: interrupted; nothing was finished: run it again, with --overwrite where it says that "
+     "--out holds a run\n"),
 ], ids=["input", "run", "interrupt"])
 def test_exit_codes(monkeypatch, capsys, error, code, line):
     """One line on stderr, nothing on stdout, and the house's code."""
@@ -90,7 +91,8 @@ def test_an_interrupted_process_exits_130(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 130
-    assert done.stderr == "train_x.py: SIGINT: interrupted; what was saved is kept, and the same command with --resume goes on from it\n"
+    assert done.stderr == "train_x.py: SIGINT: interrupted; nothing was finished: run it again, with --overwrite where it says that --out holds a run\n"
+    assert runs.KEPT == "interrupted; what was saved is kept, and the same command with --resume goes on from it"
 
 
 # -------------------------------------------------------------------------------------------------------------- device
