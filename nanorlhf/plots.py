@@ -19,7 +19,7 @@ from nanorlhf.monitor import GOLD, gold_metric
 
 # A panel is (title, definition, {metric: label}). What each metric means is said here, in the panel's second line.
 SFT = [
-    ("Loss", "mean -log π(token) over response tokens", {"loss": "train, labels smoothed if so set", "eval/loss": "validation"}),
+    ("Loss", "mean -log π(token); train: with label smoothing", {"loss": "train", "eval/loss": "validation"}),
     ("Exact match", "share of greedy answers equal as syntax trees", {"eval/exact_match": "validation"}),
     ("CoNaLa BLEU", "official script, 0 to 100", {"eval/conala_bleu": "validation"}),
     ("EOS", "share of answers that end", {"eval/eos": "validation"}),
