@@ -70,6 +70,19 @@ def test_exit_codes(monkeypatch, capsys, error, code, line):
     assert capsys.readouterr() == ("", line)
 
 
+def test_an_interrupted_training_can_be_resumed(monkeypatch, capsys, tmp_path):
+    """Of what trains, the message promises --resume; not of a dry run, of which nothing is left."""
+    monkeypatch.setattr(sys, "argv", ["train_x.py"])
+
+    def body(config):
+        raise KeyboardInterrupt
+    for words, promise in (([], "what was saved is kept, and the same command with --resume goes on from it\n"),
+                           (["--dry-run"], "nothing was finished: run it again")):
+        with pytest.raises(SystemExit) as exit:
+            main(body, settings("--out", str(tmp_path / "run"), *words))
+        assert exit.value.code == 130 and f"train_x.py: SIGINT: interrupted; {promise}" in capsys.readouterr().err
+
+
 def test_success_returns_and_passes_the_config():
     seen = []
     main(seen.append, "config")
@@ -92,7 +105,6 @@ def test_an_interrupted_process_exits_130(tmp_path):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 130
     assert done.stderr == "train_x.py: SIGINT: interrupted; nothing was finished: run it again, with --overwrite where it says that --out holds a run\n"
-    assert runs.KEPT == "interrupted; what was saved is kept, and the same command with --resume goes on from it"
 
 
 # -------------------------------------------------------------------------------------------------------------- device

@@ -1,4 +1,5 @@
-"""The child: a forked process that runs the code and answers the judge's questions about it. It knows no test, but for functions that one hands to the code.
+"""The child: a forked process that runs the code and answers the judge's questions about it. It knows no test, but for
+functions that one hands to the code.
 
 What it answers is believed to be a value and nothing more; nothing here is a wall, the code may change all of it.
 """
@@ -47,8 +48,8 @@ def answer(sock):
     questions = {"load": load, "run": lambda source: run_last(source, names), "name": name,
                  "function": function, "call": lambda target, /, *args, **kwargs: target(*args, **kwargs),
                  "getattr": getattr, "setattr": setattr, "delattr": delattr, "getitem": operator.getitem,
-                 "setitem": operator.setitem, "delitem": operator.delitem, "iter": iter, "next": next, "len": len, "bool": bool, "str": str,
-                 "int": int, "float": float}
+                 "setitem": operator.setitem, "delitem": operator.delitem, "iter": iter, "next": next, "len": len,
+                 "bool": bool, "str": str, "int": int, "float": float}
     send(sock, "ready")  # from here on an end is the code's own doing
     while True:
         request = receive(sock)
