@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanorlhf.errors import InputError
-from nanorlhf.jail.judge import GRACE
+from nanorlhf.jail.judge import GRACE, START
 from nanorlhf.jail.values import MAX_BYTES, decode, encode, receive, same, send
 from nanorlhf.jail.walls import LAYERS, Off
 
@@ -90,7 +90,7 @@ class _Worker:
         for _ in range(2):
             begin = time.perf_counter()
             try:
-                self.sock.settimeout(self.config["timeout"] + 2 * GRACE)
+                self.sock.settimeout(START + self.config["timeout"] + GRACE)
                 send(self.sock, job)
                 said = receive(self.sock)
             except (EOFError, OSError, ValueError) as error:  # a test that computes for ever, or ended the judge

@@ -953,7 +953,7 @@ def test_packages_below_the_library_cannot_be_read(tmp_path):
     for path in ("json/tool.py", "ast.py"):
         (lib / path).write_text("2")
     script = (f"import os, sysconfig\nfrom nanorlhf.jail import walls\nsysconfig.get_path = lambda name: {str(lib)!r}\n"
-              "readable = walls.libraries()\nwalls.call('prctl', 38, 1, 0, 0, 0)\nwalls.enter_landlock(readable)\n"
+              "readable = walls.libraries()\nwalls.call('prctl', 38, 1, 0, 0, 0)\nwalls.enter_landlock(walls.landlock_rules(readable)[0])\n"
               f"print(open({str(lib / 'ast.py')!r}).read(), open({str(lib / 'json' / 'tool.py')!r}).read(), sorted(os.listdir({str(lib)!r})))\n"
               f"try:\n    open({str(lib / 'site-packages' / 'secret.py')!r})\nexcept PermissionError:\n    print('refused')\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

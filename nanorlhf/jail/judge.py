@@ -10,6 +10,7 @@ import gc
 import importlib
 import marshal
 import os
+import re
 import resource
 import signal
 import socket
@@ -21,7 +22,8 @@ import types
 from . import walls
 from .values import MAX_BYTES, decode, encode, receive, send
 
-GRACE = 2.0  # seconds beyond the time limit after which the trainer takes the judge itself for stuck
+START = 3.0  # seconds for the zygote to import what a sample wants, and to fork
+GRACE = 2.0  # seconds beyond that and the time limit after which the trainer takes the judge itself for stuck
 SIGNALS = {each.value: each.name for each in signal.Signals}
 
 
@@ -161,12 +163,18 @@ def _judge(session, job, timeout):
     return status, "".join(c if c.isprintable() else " " for c in detail[:300]), value if status == "ok" else None
 
 
-def _fresh_child(control):
+def _imported(job):
+    """The standard library's modules that the code imports, maybe: the words of its lines with "import"."""
+    lines = [line for key in ("code", "setup", "expression") for line in (job.get(key) or "").splitlines() if "import" in line]
+    return sys.stdlib_module_names & set(re.findall(r"\w+", " ".join(lines)))
+
+
+def _fresh_child(control, modules):
     """A socket to a new child, ready behind its walls; OSError, EOFError or ValueError if the zygote made none."""
     near, far = socket.socketpair()
     with far:
-        socket.send_fds(control, [b"r"], [far.fileno()])
-    near.settimeout(GRACE)
+        socket.send_fds(control, [" ".join(["sys", *modules]).encode()], [far.fileno()])
+    near.settimeout(START)
     if receive(near, 100) != "ready":
         raise ValueError("not a child")
     near.settimeout(None)
@@ -177,7 +185,7 @@ def _sample(control, job, timeout):
     """One job on a fresh child -> what the trainer is told. "broken": no child came to be, so the code did not run."""
     begin = time.perf_counter()
     try:
-        near = _fresh_child(control)
+        near = _fresh_child(control, _imported(job))
     except (EOFError, OSError, ValueError):
         return {"status": "broken"}
     with near:
@@ -199,7 +207,7 @@ def _walls(config, layers):
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
     own.wall("no_new_privs", walls.call, "prctl", 38, 1, 0, 0, 0)
     own.wall("undumpable", walls.call, "prctl", 4, 0, 0, 0, 0)
-    own.wall("landlock", walls.enter_landlock, walls.libraries())
+    own.wall("landlock", lambda: walls.enter_landlock(walls.landlock_rules(walls.libraries())[0]))
     if on(layers["seccomp"]):  # with sendmsg and recvmsg, to hand over descriptors
         own.wall("seccomp", lambda: walls.install_seccomp(walls.seccomp_program(extra=((46, 211), (47, 212)))))
     for name, state in own.items():

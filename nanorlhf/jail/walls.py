@@ -57,6 +57,8 @@ def seccomp_program(files=True, extra=()):
 
     struct seccomp_data: number at 0, architecture at 4, argument i at 16 + 8 i (little-endian, low word first).
     """
+    if not ARCH:
+        raise OSError("there is no table of system calls for this processor")
     column, audit = ARCH
     allow, load, equal, anyset, back = 0x7FFF0000, 0x20, 0x15, 0x45, 0x06  # RET_ALLOW; BPF_LD|W|ABS, JEQ, JSET, RET
     refuse = 0x00050000  # RET_ERRNO
@@ -94,9 +96,9 @@ def install_seccomp(program):
 
 # ---- files, users, processes
 
-def enter_landlock(readable):
-    """Refuse all files but those of `readable`, {path: "read" | "list"} with all below, TCP, abstract sockets and signals to the outside, as far as
-    this kernel knows them; returns its ABI version."""
+def landlock_rules(readable):
+    """(descriptor of a ruleset, "abi<version>"): refuse all files but those of `readable`, {path: "read" | "list"} with
+    all below, TCP, abstract sockets and signals to the outside, as far as this kernel knows them."""
     version = call("syscall", 444, None, 0, 1)
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     attributes = [struct.pack("QQQ", files, 3, 3), struct.pack("QQ", files, 3), struct.pack("Q", files)]
@@ -115,17 +117,18 @@ def enter_landlock(readable):
         at = os.open(path, os.O_PATH | os.O_CLOEXEC)
         call("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, at), 0)  # PATH_BENEATH
         os.close(at)
+    return ruleset, f"abi{version}"
+
+
+def enter_landlock(ruleset):
     call("syscall", 446, ruleset, 0)
-    os.close(ruleset)
-    return f"abi{version}"
 
 
-def enter_empty_root():
-    """Make a removed folder the root: nothing is in it and nothing can be put there."""
+def stand_in_empty_folder():
+    """A removed one: as a root, nothing is in it and nothing can be put there."""
     folder = tempfile.mkdtemp()
     os.chdir(folder)
     os.rmdir(folder)
-    os.chroot(".")
 
 
 def drop_user(uid):

@@ -1,5 +1,6 @@
-"""The zygote: a clean interpreter behind namespaces, Landlock and an own user. It forks a child for each sample and
-leaves nothing of it. It never sees code or a test: the socket to the judge goes through it to the child, unread.
+"""The zygote: a clean interpreter in namespaces of its own. It forks a child for each sample, closes the other walls
+around it, and leaves nothing of it. It never sees code or a test: the socket to the judge goes through it to the child,
+unread.
 """
 
 import gc
@@ -15,47 +16,60 @@ from . import walls
 from .child import answer
 from .values import send
 
-PRELOAD = """abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs collections
-collections.abc concurrent.futures.thread configparser contextlib contextvars copy colorsys csv ctypes dataclasses
-datetime decimal difflib dis email.message email.mime.multipart email.mime.text email.utils enum errno filecmp
-fileinput fnmatch fractions functools gc getopt getpass glob graphlib gzip gettext hashlib heapq hmac html html.parser
-http.client http.cookies importlib.util inspect io ipaddress itertools json keyword linecache locale logging lzma math
-mimetypes mmap multiprocessing numbers operator optparse os.path pathlib pickle pkgutil platform plistlib pprint queue
-quopri random re reprlib sched secrets select selectors shelve shlex shutil signal socket sqlite3 ssl stat statistics
-string stringprep struct subprocess symtable tarfile tempfile textwrap threading time timeit token tokenize tomllib
-traceback types typing unicodedata unittest unittest.mock urllib.parse urllib.request uuid warnings weakref
-xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils zipfile zlib zoneinfo _strptime encodings.ascii
-encodings.base64_codec encodings.cp1252 encodings.cp437 encodings.hex_codec encodings.idna encodings.latin_1
-encodings.punycode encodings.raw_unicode_escape encodings.rot_13 encodings.unicode_escape encodings.utf_16
-encodings.utf_16_le encodings.utf_16_be encodings.utf_32 encodings.utf_8_sig encodings.zlib_codec""".split()
+# Imported at start: what much code uses, and what Python imports by itself in the middle of something.
+USUAL = """copy datetime heapq string _strptime unicodedata encodings.ascii encodings.base64_codec encodings.cp1252
+encodings.cp437 encodings.hex_codec encodings.idna encodings.latin_1 encodings.punycode encodings.raw_unicode_escape
+encodings.rot_13 encodings.unicode_escape encodings.utf_16 encodings.utf_16_le encodings.utf_16_be encodings.utf_32
+encodings.utf_8_sig encodings.zlib_codec""".split()
+# Imported when code first names their first word: a child is forked faster from a process that holds less.
+NAMED = """abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs collections.abc
+concurrent.futures.thread configparser contextlib contextvars colorsys csv ctypes dataclasses decimal difflib dis
+email.message email.mime.multipart email.mime.text email.utils enum errno filecmp fileinput fnmatch fractions functools
+gc getopt getpass glob graphlib gzip gettext hashlib hmac html html.parser http.client http.cookies importlib.util
+inspect io ipaddress itertools json keyword linecache locale logging lzma math mimetypes mmap multiprocessing numbers
+operator optparse os.path pathlib pickle pkgutil platform plistlib pprint queue quopri random re reprlib sched secrets
+select selectors shelve shlex shutil signal socket sqlite3 ssl stat statistics stringprep struct subprocess symtable
+tarfile tempfile textwrap threading time timeit token tokenize tomllib traceback types typing unittest unittest.mock
+urllib.parse urllib.request uuid warnings weakref xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils zipfile zlib
+zoneinfo""".split()
 
 
-def _preload():
-    """Import what code may want: behind a chroot, or where Python is its owner's alone, nothing can be read later."""
-    for name in PRELOAD:
+def _import(names):
+    """Import what code wants, here and before the walls: behind them the library may be out of reach (an empty root, a
+    Python that is its owner's alone), and what its modules link to is. Only ever these, of the standard library."""
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError:  # this Python was built without it
             pass
+    gc.freeze()  # children would copy the pages that a collection touches
 
 
-def _files_wall(layers):
-    """Landlock, and where it is off an empty root; either is one way only."""
-    if layers.wall("landlock", walls.enter_landlock, walls.libraries()):
-        layers["chroot"] = walls.Off("off: not needed beside Landlock, which leaves the standard library readable")
-    else:
-        layers.wall("chroot", walls.enter_empty_root)
+def _close(steps):
+    """The last steps of a child: no file, another user without capabilities, no system call beyond the list."""
+    for step, *args in steps:
+        step(*args)
 
 
-def _seccomp_wall(layers, user):
-    """The program that each child installs, tried in a fork; None where it cannot. Without a files wall, no opening."""
-    def build():
-        if not walls.ARCH:
-            raise OSError("there is no table of system calls for this processor")
-        walls.try_in_fork(_lock, user, program)
+def _step(steps, *step):
+    """Add a step that each child takes, if a fork can take it after the others; OSError with its cause."""
+    walls.try_in_fork(_close, [*steps, step])
+    steps.append(step)
 
-    program = walls.ARCH and walls.seccomp_program(files=bool(layers["landlock"] or layers["chroot"]))
-    return program if layers.wall("seccomp", build) else None
+
+def _files(steps):
+    ruleset, version = walls.landlock_rules(walls.libraries())
+    _step(steps, walls.enter_landlock, ruleset)
+    return version
+
+
+def _no_files(steps):
+    walls.stand_in_empty_folder()
+    _step(steps, os.chroot, ".")
+
+
+def _calls(steps, files):
+    _step(steps, walls.install_seccomp, walls.seccomp_program(files))
 
 
 def _user_namespace():
@@ -81,23 +95,15 @@ def _limits(limits, config, own_user):
     return " ".join(limits).lower()
 
 
-def _lock(user, program):
-    """The last two steps of a child: another user without capabilities, and no system call beyond the list."""
-    if user is not None:
-        walls.drop_user(user)
-    if program:
-        walls.install_seccomp(program)
-
-
-def _child(sock, limits, user, program):
-    """In the forked child: keep one descriptor, limit everything, close the last door, and serve."""
+def _child(sock, limits, steps):
+    """In the forked child: limit everything, close the doors, keep one descriptor, and serve."""
     os.setpgid(0, 0)
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), value)
+    _close(steps)
     os.dup2(1, 2)  # /dev/null, as 0 and 1 are
     os.dup2(sock, 3)
     os.closerange(4, 1 << 16)
-    for name, value in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), value)
-    _lock(user, program)
     try:
         answer(socket.socket(fileno=3))
     except (EOFError, OSError):
@@ -126,34 +132,41 @@ def _end(pid, listing):
 
 
 def main(control, config):
-    """b"r" with a descriptor starts a child, b"e" ends it and is answered by its exit code. Ends with the judge."""
+    """Modules' names with a descriptor start a child; b"e" ends it and is answered by its exit code. Ends with the judge."""
     control = socket.socket(fileno=control)
-    layers, limits = walls.Layers(config["without"]), {}
+    layers, limits, steps, left = walls.Layers(config["without"]), {}, [], set(NAMED)
     private_uid = 0x70000000 + os.getpid() % (1 << 20)  # above any that systemd gives out
     layers.wall("no_new_privs", walls.call, "prctl", 38, 1, 0, 0, 0)
     _namespaces(layers)
     layers.wall("subreaper", walls.call, "prctl", 36, 1, 0, 0, 0)  # orphans come to the zygote, as they do to process 1
-    _preload()
-    own_user = layers.get("user_namespace") or walls.LINUX and os.geteuid() == 0
-    layers.wall("rlimits", _limits, limits, config, bool(own_user))
+    _import(USUAL)
+    own_user = bool(layers.get("user_namespace") or walls.LINUX and os.geteuid() == 0)
+    layers.wall("rlimits", _limits, limits, config, own_user)
     listing = f"/proc/self/task/{os.getpid()}/children"
     listing = os.open(listing, os.O_RDONLY | os.O_CLOEXEC) if os.getpid() != 1 and os.path.exists(listing) else None
-    _files_wall(layers)
-    user = private_uid if layers.wall("own_user", walls.try_in_fork, walls.drop_user, private_uid) else None
+    if layers.wall("landlock", _files, steps):
+        layers["chroot"] = walls.Off("off: not needed beside Landlock, which leaves the standard library readable")
+    else:
+        layers.wall("chroot", _no_files, steps)
+    layers.wall("own_user", _step, steps, walls.drop_user, private_uid)
     layers.wall("undumpable", walls.call, "prctl", 4, 0, 0, 0, 0)  # no ptrace, no /proc/PID/mem
     if layers["pid_namespace"]:
         walls.call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    program = _seccomp_wall(layers, user)
+    layers.wall("seccomp", _calls, steps, bool(layers["landlock"] or layers["chroot"]))
     sys.argv[:] = [""]
-    gc.freeze()  # children would copy the pages that a collection touches
     send(control, layers)
     while True:
-        order, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not order:
+        wanted, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
+        if not wanted:
             os._exit(0)
+        new = [name for name in left if name.partition(".")[0] in wanted.decode().split()]
+        if new:
+            left -= set(new)
+            _import(new)
+            layers.wall("rlimits", _limits, limits, config, own_user)  # what they take is not the sample's memory
         pid = os.fork()
         if pid == 0:
-            _child(descriptors[0], limits, user, program)
+            _child(descriptors[0], limits, steps)
         os.close(descriptors[0])
         order = control.recv(1)
         status = _end(pid, listing)
