@@ -2,10 +2,10 @@
 
     trainer                this process: sends jobs, receives outcomes; runs no candidate code and no test
       judge   (1 a worker) holds the tests; where they call the code it asks a child, and compares plain values itself
-      zygote  (1 a worker) clean interpreter behind namespaces, Landlock and an own user; never sees code or a test
-        child (1 a sample) forked, limited by rlimits and seccomp; runs the code and answers the judge's questions
+      zygote  (2 a worker) clean interpreter in namespaces of its own; never sees code or a test
+        child (1 a sample) forked, behind every other wall; runs the code and answers the judge's questions
 
-The three are in nanorlhf/jail. What is promised and what is not: SECURITY.md. Each wall is tried at start, probed by
+All three are in nanorlhf/jail. What is promised and what is not: SECURITY.md. Each wall is tried at start, probed by
 code that runs into it, and listed in `Sandbox.layers`, as `python -m nanorlhf.sandbox` does.
 """
 
@@ -55,7 +55,7 @@ def _outcome(said):
 
 
 class _Worker:
-    """One judge and its zygote."""
+    """One judge and its two zygotes, which take turns."""
 
     def __init__(self, config):
         self.config = config
@@ -64,9 +64,11 @@ class _Worker:
     def start(self):
         self.sock, judge_end = socket.socketpair()
         self.lifeline, life_end = socket.socketpair()
-        control, zygote_end = socket.socketpair()
-        self.processes = [self.launch("zygote", zygote_end), self.launch("judge", judge_end, life_end, control)]
-        for end in (judge_end, life_end, control, zygote_end):
+        pairs = [socket.socketpair(), socket.socketpair()]
+        controls, zygote_ends = zip(*pairs)
+        self.judge = self.launch("judge", judge_end, life_end, *controls)
+        self.zygotes = [self.launch("zygote", end) for end in zygote_ends]
+        for end in (judge_end, life_end, *controls, *zygote_ends):
             end.close()
         self.sock.settimeout(60)
         try:
@@ -85,7 +87,7 @@ class _Worker:
 
     def run(self, job):
         """What the judge says of a job; twice where no child came to be for it, for then the code did not run."""
-        if self.processes[1].poll() is not None:  # killed while idle
+        if self.judge.poll() is not None:  # killed while idle
             self.restart()
         for _ in range(2):
             begin = time.perf_counter()
@@ -103,26 +105,30 @@ class _Worker:
             self.restart()
         raise RuntimeError("the sandbox can start no process for a sample; is the machine out of memory or processes?")
 
+    @property
+    def processes(self):
+        return [self.judge, *self.zygotes]
+
     def restart(self):
         self.stop()
         self.start()
 
     def abort(self):
         """End what runs now; `run`, in another thread, starts anew."""
-        self.processes[1].kill()
+        self.judge.kill()
 
     def stop(self):
-        """Without its judge the zygote ends its child and then itself."""
+        """Without its judge a zygote ends its child and then itself."""
         self.sock.close()
         self.lifeline.close()
-        box, judge = self.processes
-        judge.kill()
-        judge.wait()
-        try:
-            box.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            box.kill()
-            box.wait()
+        self.judge.kill()
+        self.judge.wait()
+        for zygote in self.zygotes:
+            try:
+                zygote.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                zygote.kill()
+                zygote.wait()
 
 
 class Sandbox:

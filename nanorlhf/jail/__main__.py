@@ -13,4 +13,4 @@ role, config, *descriptors = sys.argv[1:]
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 module = importlib.import_module(f"jail.{role}")
 sys.path.pop()
-module.main(*map(int, descriptors), json.loads(config))
+module.main(json.loads(config), *map(int, descriptors))

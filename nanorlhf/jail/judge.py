@@ -8,10 +8,12 @@ import builtins
 import fcntl
 import gc
 import importlib
+import itertools
 import marshal
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import struct
@@ -169,34 +171,62 @@ def _imported(job):
     return sys.stdlib_module_names & set(re.findall(r"\w+", " ".join(lines)))
 
 
-def _fresh_child(control, modules):
-    """A socket to a new child, ready behind its walls; OSError, EOFError or ValueError if the zygote made none."""
-    near, far = socket.socketpair()
-    with far:
-        socket.send_fds(control, [" ".join(["sys", *modules]).encode()], [far.fileno()])
-    near.settimeout(START)
-    if receive(near, 100) != "ready":
-        raise ValueError("not a child")
-    near.settimeout(None)
-    return near
+class Zygote:
+    """One of the judge's two: while a child of one is at work, the other clears up and has its next one ready."""
+
+    def __init__(self, control):
+        self.control, self.modules, self.due = control, set(), False
+        self.start()
+
+    def start(self, modules=frozenset()):
+        """Ask for a child that may import these."""
+        self.modules |= modules
+        self.near, far = socket.socketpair()
+        with far:
+            socket.send_fds(self.control, [" ".join(["sys", *modules]).encode()], [far.fileno()])
+
+    def child(self, modules):
+        """A socket to a child, ready behind its walls; OSError, EOFError or ValueError if none came to be."""
+        if not modules <= self.modules:
+            self.end(modules)
+        self.near.settimeout(START)
+        if receive(self.near, 100) != "ready":
+            raise ValueError("not a child")
+        self.near.settimeout(None)
+        if select.select([self.near], [], [], 0)[0]:
+            raise EOFError  # it was ready long ago, and has been killed since
+        return self.near
+
+    def end(self, modules=frozenset()):
+        """End the child, and ask for the next."""
+        if self.due:  # of the child before
+            self.code()
+        self.near.close()
+        self.control.send(b"e")
+        self.due = True
+        self.start(modules)
+
+    def code(self):
+        """The exit code of the last child that was ended."""
+        said = self.control.recv(4)
+        if not said:
+            raise EOFError  # the zygote is gone
+        self.due = False
+        return struct.unpack("i", said)[0]
 
 
-def _sample(control, job, timeout):
+def _sample(zygote, job, timeout):
     """One job on a fresh child -> what the trainer is told. "broken": no child came to be, so the code did not run."""
     begin = time.perf_counter()
     try:
-        near = _fresh_child(control, _imported(job))
+        near = zygote.child(_imported(job))
     except (EOFError, OSError, ValueError):
         return {"status": "broken"}
-    with near:
-        status, detail, value = _judge(Session(near), job, timeout)
-        control.send(b"e")
-        code = control.recv(4)
-    if not code:
-        raise EOFError  # the zygote is gone
-    code, = struct.unpack("i", code)
-    if status == "crashed" and code:
-        detail += f" ({SIGNALS.get(-code, -code) if code < 0 else f'exit code {code}'})"
+    status, detail, value = _judge(Session(near), job, timeout)
+    zygote.end()
+    if status == "crashed":
+        code = zygote.code()
+        detail += f" ({SIGNALS.get(-code, -code) if code < 0 else f'exit code {code}'})" if code else ""
     return {"status": status, "detail": detail, "seconds": time.perf_counter() - begin, "value": value}
 
 
@@ -220,19 +250,20 @@ def on(state):
     return not str(state).startswith("off: ")
 
 
-def main(trainer, lifeline, control, config):
+def main(config, trainer, lifeline, *controls):
     """Serve the trainer until it goes away. Nothing is ever sent on the lifeline: the one thing that can happen to it is
     that the trainer ends, and then the kernel ends this process too (SIGIO), whatever a test is busy with."""
-    trainer, control = socket.socket(fileno=trainer), socket.socket(fileno=control)
+    trainer, controls = socket.socket(fileno=trainer), [socket.socket(fileno=control) for control in controls]
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
     try:
-        layers = receive(control)
+        layers, *others = [receive(control) for control in controls]
+        layers |= {name: state for other in others for name, state in other.items() if not on(state)}
         _walls(config, layers)
         send(trainer, layers)
         gc.freeze()
-        while True:
-            send(trainer, _sample(control, receive(trainer), config["timeout"]))
+        for zygote in itertools.cycle([Zygote(control) for control in controls]):
+            send(trainer, _sample(zygote, receive(trainer), config["timeout"]))
             gc.collect()  # what a test has made must not count against the memory of the next
     except (EOFError, BrokenPipeError):  # the trainer is gone; or the zygote, and it has said why
         os._exit(0)

@@ -131,7 +131,7 @@ def _end(pid, listing):
         status = code if found == pid else status
 
 
-def main(control, config):
+def main(config, control):
     """Modules' names with a descriptor start a child; b"e" ends it and is answered by its exit code. Ends with the judge."""
     control = socket.socket(fileno=control)
     layers, limits, steps, left = walls.Layers(config["without"]), {}, [], set(NAMED)
@@ -155,20 +155,26 @@ def main(control, config):
     layers.wall("seccomp", _calls, steps, bool(layers["landlock"] or layers["chroot"]))
     sys.argv[:] = [""]
     send(control, layers)
-    while True:
-        wanted, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
-        if not wanted:
-            os._exit(0)
-        new = [name for name in left if name.partition(".")[0] in wanted.decode().split()]
-        if new:
-            left -= set(new)
-            _import(new)
-            layers.wall("rlimits", _limits, limits, config, own_user)  # what they take is not the sample's memory
-        pid = os.fork()
-        if pid == 0:
-            _child(descriptors[0], limits, steps)
-        os.close(descriptors[0])
-        order = control.recv(1)
-        status = _end(pid, listing)
-        if order:
-            control.send(struct.pack("i", os.waitstatus_to_exitcode(status)))
+    try:
+        while True:
+            wanted, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
+            if not wanted:
+                break
+            new = [name for name in left if name.partition(".")[0] in wanted.decode().split()]
+            if new:
+                left -= set(new)
+                _import(new)
+                layers.wall("rlimits", _limits, limits, config, own_user)  # what they take is not the sample's memory
+            pid = os.fork()
+            if pid == 0:
+                _child(descriptors[0], limits, steps)
+            os.close(descriptors[0])
+            try:
+                order = control.recv(1)
+            finally:
+                status = _end(pid, listing)
+            if order:
+                control.send(struct.pack("i", os.waitstatus_to_exitcode(status)))
+    except ConnectionError:  # the judge is gone, and left an answer unread
+        pass
+    os._exit(0)
