@@ -66,7 +66,7 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     target_kl: float | None = option(None, "end a step's epochs once an epoch's mean approx_kl exceeds this", above=0)
     whiten_advantages: bool = option(True, "scale advantages to mean 0 and variance 1 over the batch")
     bootstrap_truncated: bool = option(False, "take a response cut before EOS to be worth its last value, not 0, thereafter")
-    eval_every: int = option(10, "evaluate on validation prompts every so many steps", group="Evaluation", at_least=1)
+    eval_every: int = option(5, "evaluate on validation prompts every so many steps", group="Evaluation", at_least=1)
     eval_rows: int = option(200, "validation prompts answered", at_least=1)
     save_steps: int = option(10, "write checkpoints/step-N every so many steps; 0: only where a signal ends the run", at_least=0, group="Run")
     patience: int = option(0, "stop after so many evaluations without a better validation reward; 0: never", at_least=0)
