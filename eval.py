@@ -200,7 +200,8 @@ def learning_curves(config, names, results):
             found[name] = {metric: (x, [results[path][metric] for path in steps]) for metric in METRIC_NAMES
                            if all(results[path].get(metric) is not None for path in steps)}, "step"
         elif (Path(name) / "metrics.jsonl").is_file():
-            found[name] = plots.evaluations(plots.read_log(Path(name) / "metrics.jsonl"))
+            rows = plots.read_log(Path(name) / "metrics.jsonl")
+            found[f"{name} {plots.decoding(rows)}".strip()] = plots.evaluations(rows)
         else:
             found[name] = {metric: ([0], [value]) for metric, value in results[name].items() if isinstance(value, float)}, "evaluation"
     axes = {axis for _, axis in found.values()}

@@ -204,7 +204,7 @@ def train(config):
         if reward is not None:
             records = splits.validation[:config.eval_rows]
             rows = answer(policy, tokenizer, records, config, config.temperature, reference, seed=config.seed)
-            numbers |= known(summary(add_execution(add_rewards(rows, reward), records, box)))
+            numbers |= {"temperature": config.temperature, **known(summary(add_execution(add_rewards(rows, reward), records, box)))}
             run.samples(step, rows[:5])
         run.log(step, numbers)
         run.keep_best(step, numbers.get("eval/reward") if reward is not None else -numbers["eval/loss"], save)

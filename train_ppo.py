@@ -297,7 +297,7 @@ def train(config):
         if config.normalise_terms and step == 0:
             reward.start(*([row[name] for row in rows] for name in ("prompt", "response", "reference")))
         numbers = summary(add_execution(add_rewards(rows, reward), records, box))
-        log(step, known(numbers))
+        log(step, {"temperature": config.temperature, **known(numbers)})
         run.samples(step, rows[:5])
         run.keep_best(step, numbers["reward"], save)
         tqdm.write(f"step {step}: validation {in_words(numbers)}")

@@ -153,7 +153,7 @@ def train(config):
         loss = validation_loss(model, tokenizer, *held_out, config)
         answers = answer(model, tokenizer, splits.validation[:config.eval_rows], config, temperature=0)
         numbers = summary(answers)
-        run.log(step, {"epoch": epoch, "eval/loss": loss, **known(numbers)})
+        run.log(step, {"epoch": epoch, "temperature": 0.0, "eval/loss": loss, **known(numbers)})
         run.samples(step, answers[:5])
         run.keep_best(step, -loss, save)
         tqdm.write(f"epoch {epoch}: validation loss {loss:.3f}, greedy: {in_words(numbers)}")

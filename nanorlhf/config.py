@@ -22,7 +22,6 @@ Only the standard library is imported, so that `--help` answers at once.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import operator
@@ -91,11 +90,6 @@ def option(default, help, *, group=None, above=None, at_least=None, at_most=None
     if isinstance(default, (list, tuple)):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def group(name):
-    """`option` for one group: `run = group("Run")`, then `seed: int = run(0, "seed of everything random")`."""
-    return functools.partial(option, group=name)
 
 
 def options(cls):

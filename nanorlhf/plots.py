@@ -119,7 +119,8 @@ def _plot_run(run_folder, spec, name, title):
     results = folder / "results.json"  # written when a run ends: one that was killed has no best step to mark
     best = json.loads(results.read_text(encoding="utf-8")).get("best_step") if results.exists() else None
     curves, axis = evaluations(rows)
-    plot_by_epoch({str(folder): curves}, axis, folder / "plots" / "evaluation_metrics_by_epoch.png", title=f"{folder}: validation")
+    plot_by_epoch({str(folder): curves}, axis, folder / "plots" / "evaluation_metrics_by_epoch.png",
+                  title=f"{folder}: validation {decoding(rows)}".strip())
     return panels(rows, spec, folder / "plots" / f"{name}.png", f"{title}: {folder}", best)
 
 
@@ -275,8 +276,14 @@ def evaluations(rows):
     return {name[5:]: series(rows, name) for name in sorted(names)}, axis
 
 
+def decoding(rows):
+    """How the answers of a log's evaluations were decoded, in a word: "(greedy)", "(sampled)", or "" where it does not say."""
+    found = {row["temperature"] > 0 for row in rows if "temperature" in row}
+    return {(False,): "(greedy)", (True,): "(sampled)"}.get(tuple(found), "")
+
+
 def plot_by_epoch(curves, axis, path, targets=None, title="Evaluation"):
-    """One panel for each targeted metric that any model has: its values, written beside the points, and the target's line.
+    """One panel for each targeted metric that any model has: its points, with their values, and the target's line.
 
     Args: curves, {model: {metric: (x, y)}}; axis, what x is; targets, {metric: value}. Returns path, or None without a value.
     """
@@ -286,11 +293,13 @@ def plot_by_epoch(curves, axis, path, targets=None, title="Evaluation"):
         return None
 
     def draw(axes, metric):
-        for (model, found), colour in zip(curves.items(), COLOURS):
+        for i, ((model, found), colour) in enumerate(zip(curves.items(), COLOURS)):
             x, y = found.get(metric, ([], []))
             axes.plot(x, y, "o-", color=colour, linewidth=1.2, markersize=4, label=model)
-            for at, value in zip(x, y):
-                axes.annotate(f"{value:.3f}", (at, value), textcoords="offset points", xytext=(0, 6), fontsize=7, color=colour, ha="center")
+            first = 0 if len(curves) == 1 and len(x) <= 8 else -1  # more values would overlap: the last one alone
+            for at, value in list(zip(x, y))[first:]:
+                axes.annotate(f"{value:.3f}", (at, value), textcoords="offset points", xytext=(0, -12 if i % 2 else 6), fontsize=7,
+                              color=colour, ha="center")
         axes.axhline(targets[metric], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_title(f"{NAMES.get(metric, metric)}: target {targets[metric]:g}", fontsize=10.5, fontweight="bold", loc="left")
         axes.set_ylim(0, 1.08)

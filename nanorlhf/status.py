@@ -52,7 +52,9 @@ def status(folder):
     """(lines, exit code) for a run folder."""
     folder = Path(folder)
     if not (folder / "config.toml").is_file():
-        raise InputError(f"{folder}: no run there (no config.toml); name a run folder, such as runs/ppo")
+        beside = [str(path.parent) for path in sorted(folder.parent.glob("*/config.toml")) if in_use(path.parent)]
+        raise InputError(f"{folder}: no run there (no config.toml); "
+                         + (f"running beside it: {', '.join(beside)}" if beside else "name a run folder, such as runs/ppo"))
     rows, finished, running = read_log(folder), (folder / "results.json").is_file(), in_use(folder)
     state = "finished" if finished else "running" if running else "stopped before its end: the same command with --resume goes on"
     lines = [f"{folder}: {state}"]

@@ -420,6 +420,7 @@ def test_status_of_a_finished_a_running_and_a_stopped_run(home, tmp_path, capsys
     assert status([str(out)]) == 0
     shown = capsys.readouterr().out
     assert ": running\n" in shown and "of training left" in shown
+    assert status([str(tmp_path / "ppo")]) == 2 and f"running beside it: {out}" in capsys.readouterr().err  # an earlier stage still
     process.kill()
     process.communicate()
     (out / "metrics.jsonl").open("a").write('{"step": 9, "lo')

@@ -83,3 +83,8 @@ def test_evaluations_of_a_log():
     assert plots.evaluations(sft) == ({"bleu": ([1, 2], [0.1, 0.2])}, "epoch")
     ppo = [{"step": 0, "eval/bleu": 0.1}, {"step": 10, "eval/bleu": 0.2}, {"step": 10, "eval/bleu": 0.3}]
     assert plots.evaluations(ppo) == ({"bleu": ([0, 10], [0.1, 0.3])}, "step")
+
+
+@pytest.mark.parametrize("temperatures, expected", [([0.0, 0.0], "(greedy)"), ([1.0, 0.7], "(sampled)"), ([0.0, 1.0], ""), ([], "")])
+def test_a_figure_says_how_answers_were_decoded(temperatures, expected):
+    assert plots.decoding([{"step": 1, "loss": 2.0}, *({"step": 1, "temperature": each, "eval/bleu": 0.1} for each in temperatures)]) == expected
