@@ -1,6 +1,7 @@
 """nanorlhf.config: precedence, one-line errors that name flag or file:line, saved files that give the same run."""
 
 import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -12,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.config import (asked, check_value, differences, group, help_text, option, options, parse, replace, save,
+from nanorlhf.config import (asked, check_value, differences, help_text, option, options, parse, replace, save,
                              to_dict, to_toml)
 from nanorlhf.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-data = group("Data")
+data = functools.partial(option, group="Data")
 
 
 @dataclass
