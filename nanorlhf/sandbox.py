@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanorlhf.errors import InputError
-from nanorlhf.jail.judge import GRACE, START
+from nanorlhf.jail.judge import GRACE
 from nanorlhf.jail.values import MAX_BYTES, decode, encode, receive, same, send
 from nanorlhf.jail.walls import LAYERS, Off
 
@@ -92,7 +92,7 @@ class _Worker:
         for _ in range(2):
             begin = time.perf_counter()
             try:
-                self.sock.settimeout(START + self.config["timeout"] + GRACE)
+                self.sock.settimeout(self.config["timeout"] + 2 * GRACE)
                 send(self.sock, job)
                 said = receive(self.sock)
             except (EOFError, OSError, ValueError) as error:  # a test that computes for ever, or ended the judge
@@ -110,8 +110,14 @@ class _Worker:
         return [self.judge, *self.zygotes]
 
     def restart(self):
+        """RuntimeError where a layer does not come up again: `Sandbox.layers` said that it is on."""
+        had = self.layers
         self.stop()
         self.start()
+        for name, state in self.layers.items():
+            if had[name] and not state:
+                self.stop()
+                raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({state[5:]})")
 
     def abort(self):
         """End what runs now; `run`, in another thread, starts anew."""
@@ -169,8 +175,9 @@ class Sandbox:
         try:
             for _ in range(int(workers)):
                 self.workers.append(_Worker(config))
-            self.layers = self.workers[0].layers
-            self._probe()
+            for worker in self.workers:
+                self._probe(worker)
+                self.layers = worker.layers | {name: state for name, state in self.layers.items() if not state}
             self._admit()
         except BaseException:
             self.close()
@@ -179,14 +186,14 @@ class Sandbox:
         for worker in self.workers:
             self.idle.put(worker)
 
-    def _probe(self):
+    def _probe(self, worker):
         """Take no layer's word: have code try what each forbids."""
-        outcome = _outcome(self.workers[0].run({"code": PROBE, "setup": "", "expression": "found"}))
+        outcome = _outcome(worker.run({"code": PROBE, "setup": "", "expression": "found"}))
         if not outcome.passed:
             raise RuntimeError(f"the sandbox could not run its probe: {outcome.detail or outcome.status}")
         for layer in outcome.value:
-            if self.layers.get(layer):
-                self.layers[layer] = Off("off: it was put up, but the probe went through it")
+            if worker.layers.get(layer):
+                worker.layers[layer] = Off("off: it was put up, but the probe went through it")
 
     def _admit(self):
         """Refuse to start with less than the mode asks for."""

@@ -347,6 +347,17 @@ PROGRAMS = {
     "xml": ("import xml.etree.ElementTree as E\ndef f(s): return [e.tag for e in E.fromstring(s)]", ["assert f('<a><b/><c/></a>') == ['b', 'c']"]),
     "html": ("import html\ndef f(s): return html.unescape(s)", ["assert f('&lt;&eacute;') == '<\u00e9'"]),
     "urllib.parse": ("import urllib.parse\ndef f(u): return urllib.parse.parse_qs(urllib.parse.urlparse(u).query)", ["assert f('http://a/?b=1') == {'b': ['1']}"]),
+    "annotations of the future": ("from __future__ import annotations\ndef f(x: list[Unknown]) -> int: return len(x)", ["assert f([1]) == 1"]),
+    "an import over lines": ("import os, \\\n    lzma, \\\n    bz2\ndef f(b): return bz2.decompress(lzma.decompress(b))",
+                             ["import bz2, lzma\nassert f(lzma.compress(bz2.compress(b'ab'))) == b'ab'"]),
+    "a module of a module": ("import importlib\ndef f(): return importlib.machinery.SOURCE_SUFFIXES", ["assert f() == ['.py']"]),
+    "a method for each type": ("import functools\n@functools.singledispatch\ndef f(x): return 'any'\n@f.register\ndef _(x: int): return 'int'",
+                               ["assert f(1) == 'int' and f('1') == 'any'"]),
+    "help of a command": ("import argparse\ndef f():\n    p = argparse.ArgumentParser('x')\n    p.add_argument('--y', help='z')\n    return p.format_help()",
+                          ["assert '--y' in f()"]),
+    "an archive in memory": ("import io, tarfile\ndef f():\n    b = io.BytesIO()\n    with tarfile.open(fileobj=b, mode='w:xz') as t:\n"
+                             "        t.addfile(tarfile.TarInfo('a'))\n    b.seek(0)\n    return tarfile.open(fileobj=b).getnames()", ["assert f() == ['a']"]),
+    "a mock": ("from unittest import mock\ndef f():\n    m = mock.Mock(return_value=3)\n    return m(1), m.call_count", ["assert f() == (3, 1)"]),
     "sqlite3": ("import sqlite3\ndef f():\n    c = sqlite3.connect(':memory:')\n    return c.execute('select 1 + 1').fetchall()", ["assert f() == [(2,)]"]),
     "zlib and pickle": ("import zlib, pickle\ndef f(x): return pickle.loads(zlib.decompress(zlib.compress(pickle.dumps(x))))", ["assert f([1]) == [1]"]),
     "encodings": ("import codecs\ndef f(s): return codecs.encode(s, 'rot13'), s.encode('utf-16-le'), s.encode('cp1252')", ["assert f('ab') == ('no', b'a\\0b\\0', b'ab')"]),
@@ -895,6 +906,60 @@ def gone(pids, seconds=10):
     while members(pids) and time.monotonic() < end:
         time.sleep(0.02)
     return not members(pids)
+
+
+def test_a_layer_that_is_lost_at_a_new_start_ends_the_work():
+    """`layers` has said that it is on; a machine short of processes must not quietly run code without it."""
+    with Sandbox(timeout=30, workers=1) as box:
+        worker = box.workers[0]
+        worker.config = {**worker.config, "without": ["rlimits"]}
+        worker.judge.kill()
+        worker.judge.wait()
+        with pytest.raises(RuntimeError, match=r"has lost its layer rlimits \(left out on request\)"):
+            box.check(*HONEST)
+
+
+def test_layers_are_those_that_every_worker_has(monkeypatch):
+    made, worker = [], sandbox._Worker
+
+    def start(config):
+        made.append(worker({**config, "without": ["rlimits"] * len(made)}))
+        return made[-1]
+
+    monkeypatch.setattr(sandbox, "_Worker", start)
+    with Sandbox(timeout=30, workers=2, mode="weak") as box:
+        assert box.layers["rlimits"] == "off: left out on request" and box.layers["seccomp"] is True
+        assert made[0].layers["rlimits"] and not made[1].layers["rlimits"]
+    made.clear()
+    with pytest.raises(InputError, match="missing rlimits"):
+        Sandbox(timeout=30, workers=2, mode="require")
+
+
+def test_a_wall_that_cannot_be_tried_is_no_wall_that_is_missing(monkeypatch):
+    def no_process():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with pytest.raises(OSError, match="Permission denied"):
+        walls.try_in_fork(lambda: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(RuntimeError, match="ended by signal 9 while it tried"):
+        walls.try_in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(os, "fork", no_process)
+    with pytest.raises(RuntimeError, match="can start no process"):
+        walls.try_in_fork(print)
+
+
+@pytest.mark.parametrize("without", [[], ["pid_namespace"]], ids=["all layers", "no pid_namespace"])
+def test_a_killed_zygote_leaves_no_child(without):
+    """Its end is its children's, also of one that catches everything and sleeps."""
+    from concurrent.futures import ThreadPoolExecutor
+    with Sandbox(timeout=30, workers=1, without=without) as box, ThreadPoolExecutor(1) as pool:
+        worker, pids = box.workers[0], {process.pid for process in box.workers[0].processes}
+        code = "import time\ndef f():\n    while True:\n        try: time.sleep(9)\n        except BaseException: pass"
+        said = pool.submit(box.check, code, ["f()"], "f")
+        time.sleep(1)
+        for zygote in worker.zygotes:
+            os.killpg(zygote.pid, signal.SIGKILL)
+        assert said.result().status == "crashed" and gone(pids)
 
 
 def test_close_leaves_no_process():

@@ -11,7 +11,6 @@ import importlib
 import itertools
 import marshal
 import os
-import re
 import resource
 import select
 import signal
@@ -24,8 +23,7 @@ import types
 from . import walls
 from .values import MAX_BYTES, decode, encode, receive, send
 
-START = 3.0  # seconds for the zygote to import what a sample wants, and to fork
-GRACE = 2.0  # seconds beyond that and the time limit after which the trainer takes the judge itself for stuck
+GRACE = 2.0  # seconds to start a child, and seconds beyond the time limit after which the trainer takes the judge itself for stuck
 SIGNALS = {each.value: each.name for each in signal.Signals}
 
 
@@ -165,46 +163,23 @@ def _judge(session, job, timeout):
     return status, "".join(c if c.isprintable() else " " for c in detail[:300]), value if status == "ok" else None
 
 
-def _imported(job):
-    """The standard library's modules that the code imports, maybe: the words of its lines with "import"."""
-    lines = [line for key in ("code", "setup", "expression") for line in (job.get(key) or "").splitlines() if "import" in line]
-    return sys.stdlib_module_names & set(re.findall(r"\w+", " ".join(lines)))
-
-
 class Zygote:
     """One of the judge's two: while a child of one is at work, the other clears up and has its next one ready."""
 
     def __init__(self, control):
-        self.control, self.modules, self.due = control, set(), False
-        self.start()
+        self.control, self.near, self.due = control, None, False
+        self.next()
 
-    def start(self, modules=frozenset()):
-        """Ask for a child that may import these."""
-        self.modules |= modules
-        self.near, far = socket.socketpair()
-        with far:
-            socket.send_fds(self.control, [" ".join(["sys", *modules]).encode()], [far.fileno()])
-
-    def child(self, modules):
-        """A socket to a child, ready behind its walls; OSError, EOFError or ValueError if none came to be."""
-        if not modules <= self.modules:
-            self.end(modules)
-        self.near.settimeout(START)
-        if receive(self.near, 100) != "ready":
-            raise ValueError("not a child")
-        self.near.settimeout(None)
-        if select.select([self.near], [], [], 0)[0]:
-            raise EOFError  # it was ready long ago, and has been killed since
-        return self.near
-
-    def end(self, modules=frozenset()):
-        """End the child, and ask for the next."""
+    def next(self):
+        """End the child, and have the next one started."""
         if self.due:  # of the child before
             self.code()
-        self.near.close()
-        self.control.send(b"e")
-        self.due = True
-        self.start(modules)
+        if self.near:
+            self.near.close()
+            self.due = True
+        self.near, far = socket.socketpair()
+        with far:
+            socket.send_fds(self.control, [b"n"], [far.fileno()])
 
     def code(self):
         """The exit code of the last child that was ended."""
@@ -214,16 +189,26 @@ class Zygote:
         self.due = False
         return struct.unpack("i", said)[0]
 
+    def child(self):
+        """A socket to the child, ready behind its walls; OSError, EOFError or ValueError if none came to be."""
+        self.near.settimeout(GRACE)
+        if receive(self.near, 100) != "ready":
+            raise ValueError("not a child")
+        self.near.settimeout(None)
+        if select.select([self.near], [], [], 0)[0]:
+            raise EOFError  # it was ready long ago, and has been killed since
+        return self.near
+
 
 def _sample(zygote, job, timeout):
     """One job on a fresh child -> what the trainer is told. "broken": no child came to be, so the code did not run."""
     begin = time.perf_counter()
     try:
-        near = zygote.child(_imported(job))
+        near = zygote.child()
     except (EOFError, OSError, ValueError):
         return {"status": "broken"}
     status, detail, value = _judge(Session(near), job, timeout)
-    zygote.end()
+    zygote.next()
     if status == "crashed":
         code = zygote.code()
         detail += f" ({SIGNALS.get(-code, -code) if code < 0 else f'exit code {code}'})" if code else ""
@@ -265,5 +250,5 @@ def main(config, trainer, lifeline, *controls):
         for zygote in itertools.cycle([Zygote(control) for control in controls]):
             send(trainer, _sample(zygote, receive(trainer), config["timeout"]))
             gc.collect()  # what a test has made must not count against the memory of the next
-    except (EOFError, BrokenPipeError):  # the trainer is gone; or the zygote, and it has said why
+    except (EOFError, ConnectionError):  # the trainer is gone; or the zygote, and it has said why
         os._exit(0)

@@ -150,8 +150,12 @@ def own_user_namespace():
 
 
 def try_in_fork(action, *args):
-    """Try an irrevocable step in a child; OSError with its cause."""
-    pid = os.fork()
+    """Try an irrevocable step in a child; OSError with its cause. RuntimeError where it could not be tried: a machine that
+    is short of processes does not lack the wall."""
+    try:
+        pid = os.fork()
+    except OSError as error:
+        raise RuntimeError(f"the sandbox can start no process: {error}") from None
     if pid == 0:
         code = errno.EINVAL
         try:
@@ -162,6 +166,8 @@ def try_in_fork(action, *args):
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code < 0:
+        raise RuntimeError(f"a process of the sandbox was ended by signal {-code} while it tried a wall")
     if code:
         raise OSError(code, os.strerror(code))
 

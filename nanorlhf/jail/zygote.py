@@ -5,6 +5,7 @@ unread.
 
 import gc
 import importlib
+import json
 import os
 import resource
 import signal
@@ -16,33 +17,42 @@ from . import walls
 from .child import answer
 from .values import send
 
-# Imported at start: what much code uses, and what Python imports by itself in the middle of something.
-USUAL = """copy datetime heapq string _strptime unicodedata encodings.ascii encodings.base64_codec encodings.cp1252
-encodings.cp437 encodings.hex_codec encodings.idna encodings.latin_1 encodings.punycode encodings.raw_unicode_escape
-encodings.rot_13 encodings.unicode_escape encodings.utf_16 encodings.utf_16_le encodings.utf_16_be encodings.utf_32
-encodings.utf_8_sig encodings.zlib_codec""".split()
-# Imported when code first names their first word: a child is forked faster from a process that holds less.
-NAMED = """abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs collections.abc
-concurrent.futures.thread configparser contextlib contextvars colorsys csv ctypes dataclasses decimal difflib dis
-email.message email.mime.multipart email.mime.text email.utils enum errno filecmp fileinput fnmatch fractions functools
-gc getopt getpass glob graphlib gzip gettext hashlib hmac html html.parser http.client http.cookies importlib.util
-inspect io ipaddress itertools json keyword linecache locale logging lzma math mimetypes mmap multiprocessing numbers
-operator optparse os.path pathlib pickle pkgutil platform plistlib pprint queue quopri random re reprlib sched secrets
-select selectors shelve shlex shutil signal socket sqlite3 ssl stat statistics stringprep struct subprocess symtable
-tarfile tempfile textwrap threading time timeit token tokenize tomllib traceback types typing unittest unittest.mock
-urllib.parse urllib.request uuid warnings weakref xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils zipfile zlib
-zoneinfo""".split()
+# What much code uses, what Python imports by itself in the middle of something, and what links to libraries of the system.
+USUAL = """__future__ collections.abc copy dataclasses datetime functools heapq importlib.machinery itertools math operator
+random re string typing unicodedata _bz2 _ctypes _decimal _hashlib _lzma pyexpat _sqlite3 _ssl _strptime _uuid zlib
+encodings.ascii encodings.cp1252 encodings.idna encodings.latin_1 encodings.unicode_escape encodings.utf_8_sig""".split()
+# All that code may be expected to want.
+ALL = """abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs concurrent.futures.thread
+configparser contextlib contextvars colorsys csv ctypes decimal difflib dis email.message email.mime.multipart
+email.mime.text email.utils enum errno filecmp fileinput fnmatch fractions gc getopt getpass glob graphlib gzip gettext
+hashlib hmac html html.parser http.client http.cookies importlib.util inspect io ipaddress json keyword linecache locale
+logging lzma mimetypes mmap multiprocessing numbers optparse os.path pathlib pickle pkgutil platform plistlib pprint
+queue quopri reprlib sched secrets select selectors shelve shlex shutil signal socket sqlite3 ssl stat statistics
+stringprep struct subprocess symtable tarfile tempfile textwrap threading time timeit token tokenize tomllib traceback
+types unittest unittest.mock urllib.parse urllib.request uuid warnings weakref xml.dom.minidom xml.etree.ElementTree
+xml.sax.saxutils zipfile zoneinfo encodings.base64_codec encodings.cp437 encodings.hex_codec encodings.punycode
+encodings.raw_unicode_escape encodings.rot_13 encodings.utf_16 encodings.utf_16_le encodings.utf_16_be encodings.utf_32
+encodings.zlib_codec""".split()
 
 
 def _import(names):
-    """Import what code wants, here and before the walls: behind them the library may be out of reach (an empty root, a
-    Python that is its owner's alone), and what its modules link to is. Only ever these, of the standard library."""
     for name in names:
         try:
             importlib.import_module(name)
         except ImportError:  # this Python was built without it
             pass
-    gc.freeze()  # children would copy the pages that a collection touches
+
+
+def _preload(layers, steps):
+    """Import once what children would import again and again. A child is forked faster from a process that holds less, so
+    the rest is left to those that want it, where they may read the library and find it compiled: not behind an empty
+    root, and not where Python is its owner's alone."""
+    try:
+        walls.try_in_fork(_close, [*steps, (open, json.__spec__.cached)])
+        lean = layers["landlock"]
+    except OSError:
+        lean = False
+    _import(USUAL if lean else USUAL + ALL)
 
 
 def _close(steps):
@@ -132,16 +142,13 @@ def _end(pid, listing):
 
 
 def main(config, control):
-    """Modules' names with a descriptor start a child; b"e" ends it and is answered by its exit code. Ends with the judge."""
+    """A byte with a descriptor ends the last child, which its exit code answers, and starts the next. Ends with the judge."""
     control = socket.socket(fileno=control)
-    layers, limits, steps, left = walls.Layers(config["without"]), {}, [], set(NAMED)
+    layers, limits, steps = walls.Layers(config["without"]), {}, []
     private_uid = 0x70000000 + os.getpid() % (1 << 20)  # above any that systemd gives out
     layers.wall("no_new_privs", walls.call, "prctl", 38, 1, 0, 0, 0)
     _namespaces(layers)
     layers.wall("subreaper", walls.call, "prctl", 36, 1, 0, 0, 0)  # orphans come to the zygote, as they do to process 1
-    _import(USUAL)
-    own_user = bool(layers.get("user_namespace") or walls.LINUX and os.geteuid() == 0)
-    layers.wall("rlimits", _limits, limits, config, own_user)
     listing = f"/proc/self/task/{os.getpid()}/children"
     listing = os.open(listing, os.O_RDONLY | os.O_CLOEXEC) if os.getpid() != 1 and os.path.exists(listing) else None
     if layers.wall("landlock", _files, steps):
@@ -149,32 +156,32 @@ def main(config, control):
     else:
         layers.wall("chroot", _no_files, steps)
     layers.wall("own_user", _step, steps, walls.drop_user, private_uid)
+    _preload(layers, steps)
+    own_user = bool(layers.get("user_namespace") or walls.LINUX and os.geteuid() == 0)
+    layers.wall("rlimits", _limits, limits, config, own_user)
     layers.wall("undumpable", walls.call, "prctl", 4, 0, 0, 0, 0)  # no ptrace, no /proc/PID/mem
+    if walls.LINUX:  # PR_SET_PDEATHSIG; a change of user clears it
+        steps.append((walls.call, "prctl", 1, signal.SIGKILL, 0, 0, 0))
     if layers["pid_namespace"]:
-        walls.call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        walls.call("prctl", 1, signal.SIGKILL, 0, 0, 0)
     layers.wall("seccomp", _calls, steps, bool(layers["landlock"] or layers["chroot"]))
     sys.argv[:] = [""]
+    gc.freeze()  # children would copy the pages that a collection touches
     send(control, layers)
+    pid = None
     try:
         while True:
-            wanted, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
-            if not wanted:
+            order, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+            if pid:
+                status, pid = _end(pid, listing), None
+                control.send(struct.pack("i", os.waitstatus_to_exitcode(status)))
+            if not order:
                 break
-            new = [name for name in left if name.partition(".")[0] in wanted.decode().split()]
-            if new:
-                left -= set(new)
-                _import(new)
-                layers.wall("rlimits", _limits, limits, config, own_user)  # what they take is not the sample's memory
             pid = os.fork()
             if pid == 0:
                 _child(descriptors[0], limits, steps)
             os.close(descriptors[0])
-            try:
-                order = control.recv(1)
-            finally:
-                status = _end(pid, listing)
-            if order:
-                control.send(struct.pack("i", os.waitstatus_to_exitcode(status)))
     except ConnectionError:  # the judge is gone, and left an answer unread
-        pass
+        if pid:
+            _end(pid, listing)
     os._exit(0)
