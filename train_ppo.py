@@ -51,7 +51,7 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     steps: int = option(30, "PPO steps, each a batch of new responses", group="Optimiser", at_least=1)
     batch_size: int = option(256, "responses of a step", at_least=1)
     minibatch_size: int = option(128, "responses of an optimiser step", at_least=1)
-    micro_batch_size: int = option(128, "responses of a forward pass; fewer need less memory and change nothing else", at_least=1)
+    micro_batch_size: int = option(32, "responses of a forward pass; fewer need less memory and change nothing else", at_least=1)
     ppo_epochs: int = option(2, "passes over a step's responses", at_least=1)
     lr: float | None = option(None, "learning rate of AdamW at the start, which falls linearly to 0; none: 3e-4 * 128 / width "
                               "below 20 million parameters, 1e-5 above", above=0)
@@ -168,8 +168,9 @@ def update(actor, optimizer, batch, advantages, returns, config, step, ids=(), o
         order, epoch_kl = torch.randperm(len(advantages), generator=generator), []
         for minibatch in order.tensor_split(-(-len(order) // config.minibatch_size)):  # of one size, whatever was left out
             tokens = batch.response_mask[minibatch].sum()  # the optimiser step's denominator, whatever the micro-batches
+            by_length = batch.attention_mask[minibatch].sum(1).argsort().cpu()  # rows of like length waste little on padding
             stats = {}
-            for rows in minibatch.split(config.micro_batch_size):
+            for rows in minibatch[by_length].split(config.micro_batch_size):
                 loss, micro_stats = minibatch_loss(actor, batch.select(rows), advantages[rows], returns[rows], tokens, config, ops)
                 loss.backward()
                 share = (batch.response_mask[rows].sum() / tokens).item()

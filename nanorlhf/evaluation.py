@@ -13,7 +13,7 @@ from nanorlhf import metrics
 from nanorlhf.config import asked
 from nanorlhf.errors import InputError
 from nanorlhf.metrics.bootstrap import paired_bootstrap
-from nanorlhf.metrics.execution import run_checks
+from nanorlhf.metrics.execution import passes_checks
 from nanorlhf.reward import RewardModel, call_reward, term_values
 from nanorlhf.rollout import decode, generate, score_in_parts
 from nanorlhf.run import RunFailed, autocast
@@ -81,9 +81,9 @@ def add_rewards(rows, reward):
 
 def add_execution(rows, records, box):
     """Add to each row in place whether its response passes all of its record's checks: 1.0 or 0.0, None without checks or box."""
-    shares = [None] * len(rows) if box is None else run_checks(box, [row["response"] for row in rows], [r.checks for r in records])
-    for row, share in zip(rows, shares):
-        row["execution"] = None if share is None else float(share == 1)
+    passed = [None] * len(rows) if box is None else passes_checks(box, [row["response"] for row in rows], [r.checks for r in records])
+    for row, verdict in zip(rows, passed):
+        row["execution"] = None if verdict is None else float(verdict)
     return rows
 
 

@@ -9,7 +9,7 @@ checks, `passing` runs them, and what passes is not rejected.
 import ast
 
 from nanorlhf.metrics import exact_match
-from nanorlhf.metrics.execution import run_checks
+from nanorlhf.metrics.execution import passes_checks
 
 OPERATORS = [(ast.Add, ast.Sub, ast.Mult), (ast.FloorDiv, ast.Div, ast.Mod), (ast.Lt, ast.LtE, ast.Gt, ast.GtE),
              (ast.Eq, ast.NotEq), (ast.In, ast.NotIn), (ast.And, ast.Or)]
@@ -50,8 +50,7 @@ def preference_pairs(records, samples, rng, mutations=1, most=2, passes=None):
 def passing(box):
     """A `passes`: True where a code passes all checks of its record, None where it has none. box: an open Sandbox."""
     def passes(codes, records):
-        shares = run_checks(box, codes, [record.checks for record in records])
-        return [None if share is None else share == 1 for share in shares]
+        return passes_checks(box, codes, [record.checks for record in records])
     return passes
 
 

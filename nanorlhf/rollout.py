@@ -121,9 +121,18 @@ class Rollout:
 
 def hidden_states(model, query_response, attention_mask, response_length):
     """The hidden states (B, R, C) that predict the response tokens, and the values (B, R + 1) before each of them and after the
-    last column; None for a model without a value head. `model`: a GPT2, or a PolicyWithValue."""
-    policy = getattr(model, "policy", model)
-    hidden = policy.hidden(query_response, attention_mask)[:, query_response.shape[1] - response_length - 1:]  # (B, R + 1, C)
+    last column; None for a model without a value head. `model`: a GPT2, or a PolicyWithValue.
+
+    The padding in front of a row is taken out, so that the transformer sees as many columns as the longest row has tokens. After
+    a row's last token the states are whatever: they are masked.
+    """
+    policy, width = getattr(model, "policy", model), query_response.shape[1]
+    pads, lengths = attention_mask.int().argmax(1, keepdim=True), attention_mask.sum(1, keepdim=True)  # (B, 1) each
+    columns = torch.arange(int(lengths.max()), device=lengths.device)  # (T',)
+    tokens = query_response.gather(1, (columns + pads).clamp(max=width - 1))  # (B, T')
+    hidden = policy.hidden(tokens, columns < lengths)  # (B, T', C)
+    before = torch.arange(width - response_length - 1, width, device=lengths.device) - pads  # (B, R + 1) columns that predict
+    hidden = hidden.gather(1, before.clamp(max=len(columns) - 1)[..., None].expand(-1, -1, hidden.shape[2]))  # (B, R + 1, C)
     return hidden[:, :-1], model.value_head(hidden) if hasattr(model, "value_head") else None
 
 
@@ -145,10 +154,11 @@ def score_tokens(model, query_response, attention_mask, response_length, tempera
 
 @torch.no_grad()
 def score_in_parts(model, query_response, attention_mask, response_length, temperature, part=128, ops=TORCH):
-    """`score_tokens` without gradient, `part` rows at a time: never more than (part, R, V) logits in memory."""
-    columns = zip(*(score_tokens(model, ids, mask, response_length, temperature, ops)
-                    for ids, mask in zip(query_response.split(part), attention_mask.split(part))))
-    return tuple(None if column[0] is None else torch.cat(column) for column in columns)
+    """`score_tokens` without gradient, `part` rows of like length at a time: never more than (part, R, V) logits in memory."""
+    order = attention_mask.sum(1).argsort()
+    columns = zip(*(score_tokens(model, query_response[rows], attention_mask[rows], response_length, temperature, ops)
+                    for rows in order.split(part)))
+    return tuple(None if column[0] is None else torch.cat(column)[order.argsort()] for column in columns)
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ import pytest
 
 from nanorlhf.data import Record
 from nanorlhf.evaluation import add_execution
-from nanorlhf.metrics.execution import execution_accuracy, run_checks
-from nanorlhf.sandbox import Sandbox
+from nanorlhf.metrics.execution import execution_accuracy, passes_checks, run_checks
+from nanorlhf.sandbox import Outcome, Sandbox
 from nanorlhf.terms import ExecutionReward, load_reward
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,9 +53,24 @@ def test_time_runs_out(box):
         assert run_checks(quick, ["while True: pass"], [CHECKS[:1]]) == [0.0]
 
 
+def test_what_fails_its_first_check_is_spared_the_others():
+    """Every code gives 3: one fails its first check, the other its second."""
+    class Box:
+        jobs = []
+
+        def check_many(self, jobs):
+            self.jobs += jobs
+            return [Outcome(True, "ok", 0.0, "", 3) for _ in jobs]
+
+    assert passes_checks(Box(), ["a", "b"], [CHECKS, CHECKS[::-1]]) == [False, False]
+    assert [job["code"] for job in Box.jobs] == ["a", "b", "a"]
+
+
 def test_what_has_no_checks_is_none_and_stays_out(box):
     assert run_checks(box, ["1", "sum(xs)", "2"], [None, CHECKS, []]) == [None, 1.0, None]
     assert execution_accuracy([None, 1.0, 0.5]) == 0.5 and execution_accuracy([None]) is None
+    assert passes_checks(box, ["1", "sum(xs)", "2", "3", "xs[0]", "sum("], [None, CHECKS, [], CHECKS, CHECKS[:1], CHECKS]) == \
+        [None, True, None, False, False, False]
     rows = add_execution([{"response": "1"}, {"response": "xs[0]"}], [Record("p"), Record("q", checks=CHECKS)], box)
     assert [row["execution"] for row in rows] == [None, 0.0]
     assert add_execution([{"response": "1"}], [Record("p", checks=CHECKS)], None) == [{"response": "1", "execution": None}]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
-from nanorlhf.rollout import Rollout, decode, generate, roll_out, score_in_parts, score_tokens
+from nanorlhf.rollout import Rollout, decode, generate, hidden_states, roll_out, score_in_parts, score_tokens
 from nanorlhf.tokenizer import Tokenizer, pad
 
 BASE = dict(vocab_size=40, n_positions=32, n_embd=24, n_layer=2, n_head=3)
@@ -467,12 +467,40 @@ def test_ended_rows_are_left_out_and_the_others_go_on():
 
 
 def test_scoring_in_parts_is_scoring_whole(rolled):
+    """On real tokens, and for the value after the last of them; what is masked is whatever."""
     actor, reference, batch = rolled
     whole = score_tokens(actor, batch.query_response, batch.attention_mask, 12, 0.8)
+    valued = torch.cat([torch.ones(len(batch.lengths), 1, dtype=torch.bool), batch.response_mask], 1)  # (B, R + 1)
     for part in (1, 4, 100):
-        for a, b in zip(whole, score_in_parts(actor, batch.query_response, batch.attention_mask, 12, 0.8, part)):
-            assert not b.requires_grad and torch.allclose(a, b, atol=1e-6)
+        parts = score_in_parts(actor, batch.query_response, batch.attention_mask, 12, 0.8, part)
+        for a, b, real in zip(whole, parts, (batch.response_mask, batch.response_mask, valued)):
+            assert not b.requires_grad and torch.allclose(a[real], b[real], atol=1e-6)
     assert score_in_parts(reference, batch.query_response, batch.attention_mask, 12, 0.8, 4)[2] is None
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)], ids=["ragged rows", "one row"])
+def test_padding_that_is_taken_out_changes_nothing(rolled, rows):
+    """States, values and gradients are those of the padded rows, and the transformer has seen no column more than it must."""
+    actor, batch = rolled[0], rolled[2].select(rows)
+    ids, mask, real = batch.query_response, batch.attention_mask, batch.response_mask
+    seen, hook = [], actor.policy.hidden
+    actor.policy.hidden = lambda ids, *rest: seen.append(ids.shape[1]) or hook(ids, *rest)
+    try:
+        found = hidden_states(actor, ids, mask, 12)
+    finally:
+        del actor.policy.hidden
+    assert seen == [int(mask.sum(1).max())] and (len(ids) > 1 or seen[0] < ids.shape[1])
+    whole = actor.policy.hidden(ids, mask)[:, -13:]
+    expected, grads = (whole[:, :-1], actor.value_head(whole)), []
+    for states, values in (found, expected):
+        actor.zero_grad()
+        ((states[real] ** 2).sum() + (values[:, :-1][real] ** 3).sum() + values[:, 0].sum()).backward()
+        grads.append([p.grad.clone() for p in actor.parameters() if p.grad is not None])
+    assert torch.allclose(found[0][real], expected[0][real], atol=1e-5)
+    assert torch.allclose(found[1][:, :-1][real], expected[1][:, :-1][real], atol=1e-5)
+    last = batch.lengths[:, None]
+    assert torch.allclose(found[1].gather(1, last), expected[1].gather(1, last), atol=1e-5)
+    assert len(grads[0]) == len(grads[1]) and all(torch.allclose(a, b, atol=1e-3, rtol=1e-4) for a, b in zip(*grads))
 
 
 def test_select_takes_the_rows_of_every_tensor(rolled):

@@ -26,6 +26,15 @@ def run_checks(box, codes, checks):
     return [count / len(some) if some else None for count, some in zip(passed, checks)]
 
 
+def passes_checks(box, codes, checks):
+    """Whether each code passes all its checks, None where it has none: as `run_checks`, but what fails its first check is
+    spared the others."""
+    first = run_checks(box, codes, [some and some[:1] for some in checks])
+    going = [i for i, share in enumerate(first) if share == 1]
+    rest = dict(zip(going, run_checks(box, [codes[i] for i in going], [checks[i][1:] for i in going])))
+    return [None if share is None else share == 1 and rest[i] in (1, None) for i, share in enumerate(first)]
+
+
 def execution_accuracy(shares):
     """The share of codes that pass all their checks, of `run_checks`' shares that are not None; None if none is left."""
     known = [share for share in shares if share is not None]
