@@ -268,7 +268,7 @@ def train(config):
     warmup_steps = int(config.warmup * total_steps)
     lr = learning_rate(config.lr, model, model.width, 1e-3, 2e-5)
     optimizer = adamw([model], lr, weight_decay=config.weight_decay)
-    lengths = [len(row["prompt"]) + len(row.get("chosen") or row.get("response") or "") for row in train_rows]
+    lengths = [len(row["prompt"]) + max(len(row.get(name) or "") for name in ("chosen", "rejected", "response")) for row in train_rows]
     step, _ = run.restore(optimizer, total_steps)
 
     def evaluate(step, epoch):
