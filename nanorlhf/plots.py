@@ -283,7 +283,7 @@ def decoding(rows):
 
 
 def plot_by_epoch(curves, axis, path, targets=None, title="Evaluation"):
-    """One panel for each targeted metric that any model has: its points, with their values, and the target's line.
+    """One panel for each targeted metric that any model has: its points, the values of all or of the last, and the target's line.
 
     Args: curves, {model: {metric: (x, y)}}; axis, what x is; targets, {metric: value}. Returns path, or None without a value.
     """

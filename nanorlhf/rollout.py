@@ -123,8 +123,8 @@ def hidden_states(model, query_response, attention_mask, response_length):
     """The hidden states (B, R, C) that predict the response tokens, and the values (B, R + 1) before each of them and after the
     last column; None for a model without a value head. `model`: a GPT2, or a PolicyWithValue.
 
-    The padding in front of a row is taken out, so that the transformer sees as many columns as the longest row has tokens. After
-    a row's last token the states are whatever: they are masked.
+    The padding in front of a row is taken out, so that the transformer sees as many columns as the longest row has tokens; a
+    row's tokens must have no gap. After its last token the states are whatever: they are masked.
     """
     policy, width = getattr(model, "policy", model), query_response.shape[1]
     pads, lengths = attention_mask.int().argmax(1, keepdim=True), attention_mask.sum(1, keepdim=True)  # (B, 1) each

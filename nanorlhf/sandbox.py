@@ -62,20 +62,41 @@ class _Worker:
         self.start()
 
     def start(self):
+        """RuntimeError if the processes do not come up."""
         self.sock, judge_end = socket.socketpair()
         self.lifeline, life_end = socket.socketpair()
         pairs = [socket.socketpair(), socket.socketpair()]
         controls, zygote_ends = zip(*pairs)
-        self.judge = self.launch("judge", judge_end, life_end, *controls)
-        self.zygotes = [self.launch("zygote", end) for end in zygote_ends]
-        for end in (judge_end, life_end, *controls, *zygote_ends):
-            end.close()
+        self.judge, self.zygotes = None, []
+        try:
+            self.judge = self.launch("judge", judge_end, life_end, *controls)
+            for end in zygote_ends:
+                self.zygotes.append(self.launch("zygote", end))
+        except OSError as error:
+            self.stop()
+            raise RuntimeError(f"the sandbox can start no process: {error}") from None
+        finally:
+            for end in (judge_end, life_end, *controls, *zygote_ends):
+                end.close()
         self.sock.settimeout(60)
         try:
             self.layers = {k: Off(v) if str(v).startswith("off: ") else v for k, v in receive(self.sock).items()}
+            for _ in self.zygotes:
+                self.probe()
         except (EOFError, OSError):
             self.stop()
             raise RuntimeError("the sandbox's processes did not start; what they said is on stderr") from None
+
+    def probe(self):
+        """Take no layer's word: have code try what each forbids."""
+        send(self.sock, {"code": PROBE, "setup": "", "expression": "found"})
+        said = receive(self.sock)
+        if said["status"] != "ok":
+            self.stop()
+            raise RuntimeError(f"the sandbox could not run its probe: {said.get('detail') or said['status']}")
+        for layer in decode(said["value"]):
+            if self.layers.get(layer):
+                self.layers[layer] = Off("off: it was put up, but the probe went through it")
 
     def launch(self, role, *ends):
         """Flags: no site-packages, no folder of ours on the path. Environment: only what makes runs repeatable."""
@@ -87,7 +108,7 @@ class _Worker:
 
     def run(self, job):
         """What the judge says of a job; twice where no child came to be for it, for then the code did not run."""
-        if self.judge.poll() is not None:  # killed while idle
+        if not self.judge or self.judge.poll() is not None:  # it could not start anew, or was killed while idle
             self.restart()
         for _ in range(2):
             begin = time.perf_counter()
@@ -117,18 +138,21 @@ class _Worker:
         for name, state in self.layers.items():
             if had[name] and not state:
                 self.stop()
+                self.layers = had  # whoever tries again must meet them all again
                 raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({state[5:]})")
 
     def abort(self):
         """End what runs now; `run`, in another thread, starts anew."""
-        self.judge.kill()
+        if self.judge:
+            self.judge.kill()
 
     def stop(self):
         """Without its judge a zygote ends its child and then itself."""
         self.sock.close()
         self.lifeline.close()
-        self.judge.kill()
-        self.judge.wait()
+        if self.judge:
+            self.judge.kill()
+            self.judge.wait()
         for zygote in self.zygotes:
             try:
                 zygote.wait(GRACE)
@@ -176,7 +200,6 @@ class Sandbox:
             for _ in range(int(workers)):
                 self.workers.append(_Worker(config))
             for worker in self.workers:
-                self._probe(worker)
                 self.layers = worker.layers | {name: state for name, state in self.layers.items() if not state}
             self._admit()
         except BaseException:
@@ -185,15 +208,6 @@ class Sandbox:
         self.idle = queue.SimpleQueue()
         for worker in self.workers:
             self.idle.put(worker)
-
-    def _probe(self, worker):
-        """Take no layer's word: have code try what each forbids."""
-        outcome = _outcome(worker.run({"code": PROBE, "setup": "", "expression": "found"}))
-        if not outcome.passed:
-            raise RuntimeError(f"the sandbox could not run its probe: {outcome.detail or outcome.status}")
-        for layer in outcome.value:
-            if worker.layers.get(layer):
-                worker.layers[layer] = Off("off: it was put up, but the probe went through it")
 
     def _admit(self):
         """Refuse to start with less than the mode asks for."""

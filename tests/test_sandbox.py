@@ -915,8 +915,36 @@ def test_a_layer_that_is_lost_at_a_new_start_ends_the_work():
         worker.config = {**worker.config, "without": ["rlimits"]}
         worker.judge.kill()
         worker.judge.wait()
-        with pytest.raises(RuntimeError, match=r"has lost its layer rlimits \(left out on request\)"):
+        for _ in range(2):  # and whoever tries again
+            with pytest.raises(RuntimeError, match=r"has lost its layer rlimits \(left out on request\)"):
+                box.check(*HONEST)
+        worker.config = {**worker.config, "without": []}
+        assert box.check(*HONEST).passed
+
+
+def test_a_machine_that_starts_no_process_says_so_and_leaves_none(monkeypatch):
+    """At the start, and at a new one, after which work goes on."""
+    popen, started = subprocess.Popen, []
+
+    def two_only(*args, **kwargs):
+        if len(started) == 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    with Sandbox(timeout=30, workers=1) as box:
+        monkeypatch.setattr(subprocess, "Popen", two_only)
+        with pytest.raises(RuntimeError, match="can start no process: .*temporarily unavailable"):
+            Sandbox(workers=1)
+        assert gone({process.pid for process in started}) and len(started) == 2
+        started.clear()
+        box.workers[0].judge.kill()
+        box.workers[0].judge.wait()
+        with pytest.raises(RuntimeError, match="can start no process"):
             box.check(*HONEST)
+        assert gone({process.pid for process in started})
+        monkeypatch.undo()
+        assert box.check(*HONEST).passed
 
 
 def test_layers_are_those_that_every_worker_has(monkeypatch):

@@ -1,6 +1,7 @@
 """The walls around a process, as the kernel builds them: system calls, files, user, limits. Linux, but for limits.
 
-Each function builds one wall for the calling process and cannot take it down again; OSError says why it could not.
+A function that builds a wall builds it for the calling process, which cannot take it down again; OSError says why it
+could not.
 Numbers of system calls are <x86-64 aarch64>, from the kernel's unistd.h; the machine is little-endian on both.
 """
 
@@ -138,6 +139,13 @@ def drop_user(uid):
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
+
+
+def die_with(parent):
+    """Be killed when the parent ends; OSError if it has ended already."""
+    call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        raise OSError(errno.ESRCH, "the parent has ended")
 
 
 def own_user_namespace():

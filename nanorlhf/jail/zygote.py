@@ -160,16 +160,16 @@ def main(config, control):
     own_user = bool(layers.get("user_namespace") or walls.LINUX and os.geteuid() == 0)
     layers.wall("rlimits", _limits, limits, config, own_user)
     layers.wall("undumpable", walls.call, "prctl", 4, 0, 0, 0, 0)  # no ptrace, no /proc/PID/mem
-    if walls.LINUX:  # PR_SET_PDEATHSIG; a change of user clears it
-        steps.append((walls.call, "prctl", 1, signal.SIGKILL, 0, 0, 0))
+    if walls.LINUX:
+        steps.append((walls.die_with, os.getpid()))  # after the change of user, which would undo it
     if layers["pid_namespace"]:
-        walls.call("prctl", 1, signal.SIGKILL, 0, 0, 0)
+        walls.call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     layers.wall("seccomp", _calls, steps, bool(layers["landlock"] or layers["chroot"]))
     sys.argv[:] = [""]
     gc.freeze()  # children would copy the pages that a collection touches
-    send(control, layers)
     pid = None
     try:
+        send(control, layers)
         while True:
             order, descriptors, _, _ = socket.recv_fds(control, 1, 1)
             if pid:
