@@ -134,12 +134,14 @@ class _Worker:
         """RuntimeError where a layer does not come up again: `Sandbox.layers` said that it is on."""
         had = self.layers
         self.stop()
-        self.start()
-        for name, state in self.layers.items():
-            if had[name] and not state:
-                self.stop()
-                self.layers = had  # whoever tries again must meet them all again
-                raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({state[5:]})")
+        try:
+            self.start()
+            for name, state in self.layers.items():
+                if had[name] and not state:
+                    self.stop()
+                    raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({state[5:]})")
+        finally:
+            self.layers = had  # whoever tries again must meet them all again
 
     def abort(self):
         """End what runs now; `run`, in another thread, starts anew."""
