@@ -2,7 +2,7 @@
 
     trainer                this process: sends jobs, receives outcomes; runs no candidate code and no test
       judge   (1 a worker) holds the tests; where they call the code it asks a child, and compares plain values itself
-      zygote  (2 a worker) clean interpreter in namespaces of its own; never sees code or a test
+      zygote  (1-2 a worker) clean interpreter in namespaces of its own; never sees code or a test
         child (1 a sample) forked, behind every other wall; runs the code and answers the judge's questions
 
 All three are in nanorlhf/jail. What is promised and what is not: SECURITY.md. Each wall is tried at start, probed by
@@ -13,6 +13,7 @@ import ast
 import hashlib
 import json
 import logging
+import os
 import queue
 import socket
 import subprocess
@@ -55,7 +56,7 @@ def _outcome(said):
 
 
 class _Worker:
-    """One judge and its two zygotes, which take turns."""
+    """One judge and its zygotes, which take turns: two where a processor is free for the second, else one."""
 
     def __init__(self, config):
         self.config = config
@@ -65,8 +66,7 @@ class _Worker:
         """RuntimeError if the processes do not come up."""
         self.sock, judge_end = socket.socketpair()
         self.lifeline, life_end = socket.socketpair()
-        pairs = [socket.socketpair(), socket.socketpair()]
-        controls, zygote_ends = zip(*pairs)
+        controls, zygote_ends = zip(*[socket.socketpair() for _ in range(self.config["zygotes"])])
         self.judge, self.zygotes = None, []
         try:
             self.judge = self.launch("judge", judge_end, life_end, *controls)
@@ -197,7 +197,9 @@ class Sandbox:
         self.mode, self.layers, self.workers, self.cache = mode, {}, [], {}
         if mode == "off":
             return
-        config = {"timeout": timeout, "memory_mb": int(memory_mb), "without": without}
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        spare = processors > workers  # where there are none, two zygotes would only be in each other's way
+        config = {"timeout": timeout, "memory_mb": int(memory_mb), "without": without, "zygotes": 2 if spare else 1}
         try:
             for _ in range(int(workers)):
                 self.workers.append(_Worker(config))

@@ -164,7 +164,7 @@ def _judge(session, job, timeout):
 
 
 class Zygote:
-    """One of the judge's two: while a child of one is at work, the other clears up and has its next one ready."""
+    """One of the judge's, mostly two: while a child of one is at work, the other clears up and has its next one ready."""
 
     def __init__(self, control):
         self.control, self.near, self.due = control, None, False
