@@ -203,11 +203,12 @@ def learning_curves(config, names, results):
             rows = plots.read_log(Path(name) / "metrics.jsonl")
             found[f"{name} {plots.decoding(rows)}".strip()] = plots.evaluations(rows)
         else:
-            found[name] = {metric: ([0], [value]) for metric, value in results[name].items() if isinstance(value, float)}, "evaluation"
+            found[name] = {metric: ([0], [value]) for metric, value in results[name].items() if isinstance(value, float)}, "evaluation number"
     axes = {axis for _, axis in found.values()}
     if len(axes) == 1:
         return {name: curves for name, (curves, _) in found.items()}, axes.pop()
-    return {name: {metric: (list(range(len(x))), y) for metric, (x, y) in curves.items()} for name, (curves, _) in found.items()}, "evaluation"
+    return {name: {metric: (list(range(len(x))), y) for metric, (x, y) in curves.items()}
+            for name, (curves, _) in found.items()}, "evaluation number"
 
 
 def draw(config, folder, names, results, targets):

@@ -89,7 +89,7 @@ class _Worker:
 
     def probe(self):
         """Take no layer's word: have code try what each forbids."""
-        send(self.sock, {"code": PROBE, "setup": "", "expression": "found"})
+        send(self.sock, {"code": PROBE, "setup": "", "expression": "found", "timeout": 30})  # the user's may be short
         said = receive(self.sock)
         if said["status"] != "ok":
             self.stop()

@@ -712,6 +712,11 @@ def test_the_probe_finds_what_is_not_there():
     assert found - {"pid_namespace"} == {"seccomp", "landlock", "chroot", "rlimits"}
 
 
+def test_a_short_limit_is_for_samples_and_not_for_the_probe():
+    with Sandbox(timeout=0.01, workers=1) as box:
+        assert box.layers["seccomp"] is True and box.check("while True: pass", ["f()"]).status == "timeout"
+
+
 def test_off_runs_nothing():
     with Sandbox(mode="off") as box:
         assert box.layers == {} and not box.workers

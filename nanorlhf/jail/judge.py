@@ -248,7 +248,8 @@ def main(config, trainer, lifeline, *controls):
         send(trainer, layers)
         gc.freeze()
         for zygote in itertools.cycle([Zygote(control) for control in controls]):
-            send(trainer, _sample(zygote, receive(trainer), config["timeout"]))
+            job = receive(trainer)
+            send(trainer, _sample(zygote, job, job.get("timeout", config["timeout"])))
             gc.collect()  # what a test has made must not count against the memory of the next
     except (EOFError, ConnectionError):  # the trainer is gone; or the zygote, and it has said why
         os._exit(0)
