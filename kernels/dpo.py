@@ -84,6 +84,7 @@ def pair_kernel(CHOSEN, REJECTED, CHOSEN_WEIGHTS, REJECTED_WEIGHTS, REF_CHOSEN, 
 class FusedDPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chosen_logits, rejected_logits, sides, ref_logps, beta, loss_type, label_smoothing):
+        """The loss and its statistics from logits (B, T, V) of both sides; keeps per row what the gradient needs, O(B T)."""
         logits, kept = (chosen_logits, rejected_logits), []
         for x, (targets, weights) in zip(logits, sides):
             kept.append(forward(as_rows(x), flat(targets), 1.0, flat(weights)))

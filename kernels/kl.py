@@ -142,6 +142,7 @@ def kl_backward_kernel(X, Y, DX, DY, G, KL, TOP, LOG_MASS, REF_TOP, REF_LOG_MASS
 class ExactKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ref_logits, temperature):
+        """KL (...) float32 from two logits (..., V); keeps five numbers a row for the gradient."""
         rows, ref_rows = as_rows(logits), as_rows(ref_logits)
         if phase(rows) != phase(ref_rows):  # slices of two tensors may start at different places within 16 bytes
             ref_rows = like_rows(rows).copy_(ref_rows)
@@ -158,6 +159,7 @@ class ExactKL(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        """The gradient of either logits, (..., V), each only where it is wanted. g: (...)."""
         rows, ref_rows, kept = ctx.saved_tensors
         dx, dy = (like_rows(rows) if wanted else None for wanted in ctx.needs_input_grad[:2])
         one = dy if dx is None else dx  # a pointer for the kernel's other argument, which it then leaves alone

@@ -211,6 +211,7 @@ class FusedPPOLoss(torch.autograd.Function):
 
 
 def check_settings(logits, temperature, dual_clip, ref_logprobs, kl_coef, kl_estimator, inplace):
+    """ValueError for settings that make no loss, before any kernel is started."""
     check_temperature(temperature)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, not {dual_clip}")

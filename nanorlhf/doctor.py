@@ -23,7 +23,7 @@ from typing import NamedTuple
 from nanorlhf.config import option, parse
 from nanorlhf.data import CONALA_SHA256, DATA, load_splits, sha256
 from nanorlhf.errors import InputError
-from nanorlhf.sandbox import Sandbox
+from nanorlhf.sandbox import Sandbox, cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (3, 11)
@@ -71,6 +71,7 @@ def release(version):
 
 
 def satisfies(version, bounds):
+    """Whether a version such as "2.13.0+cpu" keeps to bounds such as [(">=", "2.6"), ("<", "2.14")]."""
     ours = release(version)
     for sign, bound in bounds:
         theirs = release(bound)
@@ -129,11 +130,6 @@ def _gpu(torch, index):
 
 def _has_nvidia():
     return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-
-
-def cores():
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_threads(torch):
@@ -218,6 +214,7 @@ def check_nano():
 
 
 def check_conala():
+    """Whether CoNaLa's files are where `nanorlhf.data download` puts them, and are the official ones."""
     folder, command = DATA / "conala", "python -m nanorlhf.data download conala"
     absent = [name for name in CONALA_SHA256 if not (folder / name).is_file()]
     if absent:

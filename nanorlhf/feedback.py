@@ -55,6 +55,7 @@ class Config(SandboxOptions, DataOptions, RunOptions):
     mutations: int = option(2, "mutations of each reference", group="Mutations", at_least=1)
 
     def check(self):
+        """InputError where options contradict each other."""
         super().check()
         if self.kind is None:
             raise InputError(f"--kind is missing: one of {', '.join(KINDS)}")

@@ -150,6 +150,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, allowed, cache):
+        """x (B, T, C) -> (B, T, C). allowed: a mask that broadcasts to (B, H, T, S), None: causal; cache: this layer's, or None."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each

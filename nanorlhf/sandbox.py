@@ -34,6 +34,11 @@ MODES = ("auto", "require", "weak", "off")
 MAX_CACHED = 200_000  # verdicts
 
 
+def cores():
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of a sample.
@@ -197,8 +202,7 @@ class Sandbox:
         self.mode, self.layers, self.workers, self.cache = mode, {}, [], {}
         if mode == "off":
             return
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        spare = processors > workers  # where there are none, two zygotes would only be in each other's way
+        spare = cores() > workers  # where there is none, two zygotes would only be in each other's way
         config = {"timeout": timeout, "memory_mb": int(memory_mb), "without": without, "zygotes": 2 if spare else 1}
         try:
             for _ in range(int(workers)):

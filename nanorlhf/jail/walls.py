@@ -234,6 +234,7 @@ class Layers(dict):
         self.without = without
 
     def wall(self, name, build, *args):
+        """Build it unless it is to be left out; its state, which is true where it is on."""
         try:
             if name in self.without:
                 raise OSError("left out on request")
