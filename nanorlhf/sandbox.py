@@ -61,111 +61,85 @@ def _outcome(said):
 
 
 class _Worker:
-    """One judge and its zygotes, which take turns: two where a processor is free for the second, else one."""
+    """One judge and its zygote."""
 
     def __init__(self, config):
-        self.config = config
+        self.config, self.layers, self.processes = config, {}, []
         self.start()
 
     def start(self):
-        """RuntimeError if the processes do not come up."""
-        self.sock, judge_end = socket.socketpair()
-        self.lifeline, life_end = socket.socketpair()
-        controls, zygote_ends = zip(*[socket.socketpair() for _ in range(self.config["zygotes"])])
-        self.judge, self.zygotes = None, []
+        """RuntimeError if the processes do not come up, or not with all layers that they came up with before."""
+        (self.sock, jobs), (self.lifeline, life), (orders, control) = (socket.socketpair() for _ in range(3))
+        self.processes = []
         try:
-            self.judge = self.launch("judge", judge_end, life_end, *controls)
-            for end in zygote_ends:
-                self.zygotes.append(self.launch("zygote", end))
-        except OSError as error:
+            try:
+                self.launch("judge", jobs, life, orders)
+                self.launch("zygote", control)
+            finally:
+                for end in (jobs, life, orders, control):
+                    end.close()
+            self.sock.settimeout(60)
+            self.file = self.sock.makefile("rb")
+            found = {k: Off(v) if str(v).startswith("off: ") else v for k, v in receive(self.file).items()}
+            send(self.sock, {"code": PROBE, "setup": "", "expression": "found", "timeout": 30})  # the user's may be short
+            said = receive(self.file)
+        except (EOFError, OSError) as error:
             self.stop()
-            raise RuntimeError(f"the sandbox can start no process: {error}") from None
-        finally:
-            for end in (judge_end, life_end, *controls, *zygote_ends):
-                end.close()
-        self.sock.settimeout(60)
-        try:
-            self.layers = {k: Off(v) if str(v).startswith("off: ") else v for k, v in receive(self.sock).items()}
-            for _ in self.zygotes:
-                self.probe()
-        except (EOFError, OSError):
-            self.stop()
-            raise RuntimeError("the sandbox's processes did not start; what they said is on stderr") from None
-
-    def probe(self):
-        """Take no layer's word: have code try what each forbids."""
-        send(self.sock, {"code": PROBE, "setup": "", "expression": "found", "timeout": 30})  # the user's may be short
-        said = receive(self.sock)
+            raise RuntimeError(f"the sandbox can start no process: {error or 'what it said is on stderr'}") from None
         if said["status"] != "ok":
             self.stop()
-            raise RuntimeError(f"the sandbox could not run its probe: {said.get('detail') or said['status']}")
+            raise RuntimeError(f"the sandbox could not run its probe: {said['detail'] or said['status']}")
         for layer in decode(said["value"]):
-            if self.layers.get(layer):
-                self.layers[layer] = Off("off: it was put up, but the probe went through it")
+            found[layer] = found[layer] and Off("off: it was put up, but the probe went through it")
+        for name in self.layers:
+            if self.layers[name] and not found[name]:
+                self.stop()
+                raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({found[name][5:]})")
+        self.layers = self.layers or found
 
     def launch(self, role, *ends):
         """Flags: no site-packages, no folder of ours on the path. Environment: only what makes runs repeatable."""
         numbers = [end.fileno() for end in ends]
-        command = [sys.executable, "-s", "-S", "-P", "-B", str(Path(__file__).parent / "jail" / "__main__.py"), role]
-        return subprocess.Popen([*command, json.dumps(self.config), *map(str, numbers)], pass_fds=numbers, cwd="/",
-                                env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}, start_new_session=True,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        start = (f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import jail.{role}; sys.path.pop(); "
+                 f"jail.{role}.main({self.config!r}, *{numbers!r})")
+        self.processes.append(subprocess.Popen(
+            [sys.executable, "-s", "-S", "-P", "-B", "-c", start], pass_fds=numbers, cwd="/", start_new_session=True,
+            env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
 
     def run(self, job):
         """What the judge says of a job; twice where no child came to be for it, for then the code did not run."""
-        if not self.judge or self.judge.poll() is not None:  # it could not start anew, or was killed while idle
+        if not self.processes or self.processes[0].poll() is not None:  # it could not start anew, or was killed while idle
             self.restart()
         for _ in range(2):
             begin = time.perf_counter()
             try:
                 self.sock.settimeout(self.config["timeout"] + 2 * GRACE)
                 send(self.sock, job)
-                said = receive(self.sock)
+                said = receive(self.file)
             except (EOFError, OSError, ValueError) as error:  # a test that computes for ever, or ended the judge
-                status = "timeout" if isinstance(error, TimeoutError) else "crashed"
-                said = {"status": status, "seconds": time.perf_counter() - begin, "value": None,
-                        "detail": "the judge did not answer"}
+                said = {"status": "timeout" if isinstance(error, TimeoutError) else "crashed", "value": None,
+                        "seconds": time.perf_counter() - begin, "detail": "the judge did not answer"}
                 self.restart()
             if said["status"] != "broken":
                 return said
             self.restart()
-        raise RuntimeError("the sandbox can start no process for a sample; is the machine out of memory or processes?")
-
-    @property
-    def processes(self):
-        return [self.judge, *self.zygotes]
+        raise RuntimeError(f"the sandbox can start no process for a sample ({said['detail']}); is the machine out of memory "
+                           "or processes?")
 
     def restart(self):
-        """RuntimeError where a layer does not come up again: `Sandbox.layers` said that it is on."""
-        had = self.layers
         self.stop()
-        try:
-            self.start()
-            for name, state in self.layers.items():
-                if had[name] and not state:
-                    self.stop()
-                    raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({state[5:]})")
-        finally:
-            self.layers = had  # whoever tries again must meet them all again
-
-    def abort(self):
-        """End what runs now; `run`, in another thread, starts anew."""
-        if self.judge:
-            self.judge.kill()
+        self.start()
 
     def stop(self):
-        """Without its judge a zygote ends its child and then itself."""
+        """Without the lifeline the judge ends; without its judge the zygote ends its children and then itself."""
         self.sock.close()
         self.lifeline.close()
-        if self.judge:
-            self.judge.kill()
-            self.judge.wait()
-        for zygote in self.zygotes:
+        for process in self.processes:
             try:
-                zygote.wait(GRACE)
+                process.wait(GRACE)
             except subprocess.TimeoutExpired:
-                zygote.kill()
-                zygote.wait()
+                process.kill()
+                process.wait()
 
 
 class Sandbox:
@@ -202,8 +176,7 @@ class Sandbox:
         self.mode, self.layers, self.workers, self.cache = mode, {}, [], {}
         if mode == "off":
             return
-        spare = cores() > workers  # where there is none, two zygotes would only be in each other's way
-        config = {"timeout": timeout, "memory_mb": int(memory_mb), "without": without, "zygotes": 2 if spare else 1}
+        config = {"timeout": float(timeout), "memory_mb": int(memory_mb), "without": list(without)}
         try:
             for _ in range(int(workers)):
                 self.workers.append(_Worker(config))
@@ -260,7 +233,7 @@ class Sandbox:
             except BaseException:  # Ctrl-C: wait for no sample
                 pool.shutdown(wait=False, cancel_futures=True)
                 for worker in self.workers:
-                    worker.abort()
+                    worker.processes[0].kill()
                 raise
 
     def _run(self, job):

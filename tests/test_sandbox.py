@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from nanorlhf import sandbox
 from nanorlhf.errors import InputError
-from nanorlhf.jail import walls
+from nanorlhf.jail import judge, walls
 from nanorlhf.jail.values import receive, send
 from nanorlhf.sandbox import Outcome, Sandbox, decode, encode, same
 
@@ -57,10 +57,9 @@ def native(number, *args):
 
 
 FORGED = """
-import json, os, struct
+import json, os
 def frame(message):
-    data = json.dumps(message).encode()
-    return struct.pack("<I", len(data)) + data
+    return json.dumps(message).encode() + bytes([10])
 """
 
 ATTACKS = {
@@ -181,9 +180,10 @@ ATTACKS = {
     "forged verdict": FORGED + "def f(x):\n    os.write(3, frame({'status': 'ok', 'passed': True, 'value': True}))\n    return 0",
     "forged answers in advance": FORGED + "for i in range(20): os.write(3, frame({'value': True}))\ndef f(x): return 0",
     "forged handle": FORGED + "def f(x):\n    os.write(3, frame({'value': {'kept': [0, 'int']}}))\n    return 0",
-    "forged text of a frame": FORGED + "def f(x):\n    os.write(3, b'\\x00' * 4 + b'ok passed true')\n    return 0",
-    "frame of 4 GB": FORGED + "def f(x):\n    os.write(3, struct.pack('<I', 2**32 - 1) + b'x' * 100)\n    return 0",
-    "nested JSON bomb": FORGED + "def f(x):\n    os.write(3, struct.pack('<I', 400000) + b'[' * 400000)\n    return 0",
+    "forged text of a frame": FORGED + "def f(x):\n    os.write(3, b'ok passed true' + bytes([10]))\n    return 0",
+    "an answer without end": FORGED + "def f(x):\n    while True: os.write(3, b'1' * 100_000)",
+    "half an answer": FORGED + "def f(x):\n    os.write(3, frame({'value': 1234567})[:-1])\n    os._exit(0)",
+    "nested JSON bomb": FORGED + "def f(x):\n    os.write(3, b'[' * 400000 + bytes([10]))\n    return 0",
     "closes its descriptor": "import os\ndef f(x):\n    os.close(3)\n    return 0",
     "replaces its descriptor": "import os, socket\ndef f(x):\n    a, b = socket.socketpair(); os.dup2(a.fileno(), 3)\n    return 0",
     "patched answer loop": "import sys\nfor m in list(sys.modules.values()):\n    if hasattr(m, 'encode') and hasattr(m, 'decode'):\n"
@@ -418,9 +418,9 @@ def work(jobs, values, options):
         if not box.layers["seccomp"] and not (box.layers["pid_namespace"] and box.layers["own_user"] and box.layers["rlimits"]):
             raise SystemExit("too dangerous: without seccomp, an attack may reach what is not the sandbox's")
         def settled():
-            """The number of its processes, once each zygote (behind process 1 of its namespace) has its next child."""
+            """The number of its processes, once each zygote (mostly behind process 1 of its namespace) has two children."""
             sessions, end = {p.pid for w in box.workers for p in w.processes}, time.monotonic() + 5
-            expected = sum(1 + len(w.zygotes) * (3 if box.layers["pid_namespace"] else 2) for w in box.workers)
+            expected = len(box.workers) * (5 if box.layers["pid_namespace"] else 4)
             seen = [0]
             while seen[-3:] != [expected] * 3 and time.monotonic() < end:
                 time.sleep(0.02)
@@ -556,7 +556,7 @@ def test_programs_pass_where_no_file_can_be_read(run, without):
 # The limit of processes counts by user: it is set where the user is the sandbox's own, and root is exempt from it.
 REACHED = {"rlimits": {"memory bomb", "memory bomb in small pieces", "memory map bomb", "descriptor bomb", "pipe bomb"},
            "own_user": {"is root", "thread bomb"} if os.geteuid() == 0 else set()}
-LEFT_OUT = ["net_namespace ipc_namespace subreaper undumpable", "pid_namespace", "rlimits", "landlock", "landlock chroot",
+LEFT_OUT = ["net_namespace ipc_namespace undumpable", "pid_namespace", "rlimits", "landlock", "landlock chroot",
             "own_user", "seccomp"]
 
 
@@ -644,7 +644,7 @@ def test_layers_say_what_is_on(box):
 
 def test_namespaces_are_its_own(box):
     """What the zygote's processes see of network, shared memory and processes is not what we see."""
-    zygote = box.workers[0].zygotes[0].pid
+    zygote = box.workers[0].processes[1].pid
     inside = members({zygote}) - ({zygote} if box.layers["pid_namespace"] else set())
     assert inside
     for kind in ("net", "ipc", "pid"):
@@ -808,14 +808,14 @@ def test_evaluate(box):
 
 @pytest.mark.parametrize("form", [
     {"kept": [0, "int"]}, {"kept": ["x", "y"]}, {"int": "zz"}, {"int": 3}, {"set": [[1]]}, {"dict": [[1, 2, 3]]}, {"dict": 1},
-    {"bytes": "zz"}, {"complex": [1]}, {"complex": ["nan", {}]}, {"list": []}, {}, {"a": 1, "b": 2}, {"tuple": None},
-    {"dict": [[{"dict": []}, 1]]}], ids=str)
+    {"bytes": "zz"}, {"complex": [1, 2, 3]}, {"complex": ["nan", {}]}, {"list": 1}, {}, {"a": 1, "b": 2}, {"tuple": None}, [], [1],
+    {"dict": [[{"dict": []}, 1]]}, {"set": [{"list": []}]}, {"object": []}], ids=str)
 def test_a_forged_value_is_an_error_and_the_judge_lives(box, form):
     """Whatever the code writes in place of an answer, the same judge judges on."""
     pids = [process.pid for process in box.workers[0].processes]
     code = FORGED + f"os.write(3, frame({{'value': {form!r}}}))\nimport time\ntime.sleep(60)"
     outcome = box.evaluate(code)
-    assert (outcome.status, outcome.value) == ("error", None) and "no value came back" in outcome.detail
+    assert (outcome.status, outcome.value) == ("error", None) and re.search("no value came back|type int cannot cross", outcome.detail)
     for reply in ({"value": form}, {"raised": 1, "text": 2}, {"raised": [form], "text": form}, {}, [], 1, None):
         code = FORGED + f"def f(x):\n    os.write(3, frame({reply!r}))\n    return 0"
         assert not box.check(code, [TEST], "f").passed
@@ -918,8 +918,8 @@ def test_a_layer_that_is_lost_at_a_new_start_ends_the_work():
     with Sandbox(timeout=30, workers=1) as box:
         worker = box.workers[0]
         worker.config = {**worker.config, "without": ["rlimits"]}
-        worker.judge.kill()
-        worker.judge.wait()
+        worker.processes[0].kill()
+        worker.processes[0].wait()
         for _ in range(2):  # and whoever tries again
             with pytest.raises(RuntimeError, match=r"has lost its layer rlimits \(left out on request\)"):
                 box.check(*HONEST)
@@ -931,20 +931,20 @@ def test_a_machine_that_starts_no_process_says_so_and_leaves_none(monkeypatch):
     """At the start, and at a new one, after which work goes on."""
     popen, started = subprocess.Popen, []
 
-    def two_only(*args, **kwargs):
-        if len(started) == 2:
+    def one_only(*args, **kwargs):
+        if started:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         started.append(popen(*args, **kwargs))
         return started[-1]
 
     with Sandbox(timeout=30, workers=1) as box:
-        monkeypatch.setattr(subprocess, "Popen", two_only)
+        monkeypatch.setattr(subprocess, "Popen", one_only)
         with pytest.raises(RuntimeError, match="can start no process: .*temporarily unavailable"):
             Sandbox(workers=1)
-        assert gone({process.pid for process in started}) and len(started) == 2
+        assert gone({process.pid for process in started}) and len(started) == 1
         started.clear()
-        box.workers[0].judge.kill()
-        box.workers[0].judge.wait()
+        box.workers[0].processes[0].kill()
+        box.workers[0].processes[0].wait()
         with pytest.raises(RuntimeError, match="can start no process"):
             box.check(*HONEST)
         assert gone({process.pid for process in started})
@@ -968,17 +968,21 @@ def test_layers_are_those_that_every_worker_has(monkeypatch):
         Sandbox(timeout=30, workers=2, mode="require")
 
 
-def test_a_wall_that_cannot_be_tried_is_no_wall_that_is_missing(monkeypatch):
-    def no_process():
-        raise BlockingIOError(11, "Resource temporarily unavailable")
+class Unwalled:
+    """In place of the judge's children: one that says that it is behind other walls than the first."""
 
-    with pytest.raises(OSError, match="Permission denied"):
-        walls.try_in_fork(lambda: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(RuntimeError, match="ended by signal 9 while it tried"):
-        walls.try_in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    monkeypatch.setattr(os, "fork", no_process)
-    with pytest.raises(RuntimeError, match="can start no process"):
-        walls.try_in_fork(print)
+    def __init__(self, layers):
+        self.layers = layers
+
+    def next(self):
+        return None, None, self.layers
+
+
+def test_a_child_behind_fewer_walls_than_the_first_gets_no_code():
+    """A machine short of memory must not quietly run code behind less than `layers` says."""
+    first = {"seccomp": True, "landlock": "abi7"}
+    said = judge._sample(Unwalled({"seccomp": "off: [Errno 12] Cannot allocate memory", "landlock": "abi7"}), first, {}, 1)
+    assert said["status"] == "broken" and "Cannot allocate memory" in said["detail"]
 
 
 @pytest.mark.parametrize("without", [[], ["pid_namespace"]], ids=["all layers", "no pid_namespace"])
@@ -990,27 +994,18 @@ def test_a_killed_zygote_leaves_no_child(without):
         code = "import time\ndef f():\n    while True:\n        try: time.sleep(9)\n        except BaseException: pass"
         said = pool.submit(box.check, code, ["f()"], "f")
         time.sleep(1)
-        for zygote in worker.zygotes:
-            os.killpg(zygote.pid, signal.SIGKILL)
+        os.killpg(worker.processes[1].pid, signal.SIGKILL)
         assert said.result().status == "crashed" and gone(pids)
 
 
 def test_close_leaves_no_process():
     with Sandbox() as box:
         pids = {process.pid for worker in box.workers for process in worker.processes}
-        assert len(members(pids)) >= len(pids) == sum(1 + len(worker.zygotes) for worker in box.workers)
+        assert len(members(pids)) >= len(pids) == 4
     assert not members(pids)
 
 
-@pytest.mark.parametrize("processors, workers, zygotes", [(8, 1, 2), (2, 1, 2), (2, 2, 1), (1, 1, 1)])
-def test_zygotes_take_turns_where_a_processor_is_free(monkeypatch, processors, workers, zygotes):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(processors))
-    with Sandbox(timeout=30, workers=workers) as box:
-        assert [len(worker.zygotes) for worker in box.workers] == [zygotes] * workers
-        assert all(box.check(f"def f(x): return x + {i}", [f"assert f(1) == {1 + i}"], "f").passed for i in range(5))
-
-
-@pytest.mark.parametrize("which", [0, 1, -1], ids=["judge", "zygote", "other zygote"])
+@pytest.mark.parametrize("which", [0, 1], ids=["judge", "zygote"])
 def test_a_worker_whose_process_died_starts_anew(which):
     with Sandbox(timeout=30, workers=1) as box:
         pids = {process.pid for process in box.workers[0].processes}
@@ -1027,9 +1022,8 @@ def test_a_machine_that_can_start_no_child_is_no_verdict(monkeypatch):
     with Sandbox(timeout=30, workers=1) as box:
         worker = box.workers[0]
         monkeypatch.setattr(worker, "restart", lambda: None)
-        for zygote in worker.zygotes:
-            zygote.kill()
-        while members({zygote.pid for zygote in worker.zygotes}):
+        worker.processes[1].kill()
+        while members({worker.processes[1].pid}):
             time.sleep(0.01)
         with pytest.raises(RuntimeError, match="can start no process"):
             box.check(*HONEST)
@@ -1059,8 +1053,8 @@ def test_a_sample_leaves_the_judge_no_heavier():
 
 def test_a_judge_killed_while_idle_costs_no_sample():
     with Sandbox(workers=1) as box:
-        box.workers[0].judge.kill()
-        box.workers[0].judge.wait()
+        box.workers[0].processes[0].kill()
+        box.workers[0].processes[0].wait()
         assert box.check("def f(): return 1", ["assert f() == 1"]).passed
 
 
@@ -1073,7 +1067,7 @@ def test_packages_below_the_library_cannot_be_read(tmp_path):
     for path in ("json/tool.py", "ast.py"):
         (lib / path).write_text("2")
     script = (f"import os, sysconfig\nfrom nanorlhf.jail import walls\nsysconfig.get_path = lambda name: {str(lib)!r}\n"
-              "readable = walls.libraries()\nwalls.call('prctl', 38, 1, 0, 0, 0)\nwalls.enter_landlock(walls.landlock_rules(readable)[0])\n"
+              "walls.no_new_privs()\nwalls.landlock()\n"
               f"print(open({str(lib / 'ast.py')!r}).read(), open({str(lib / 'json' / 'tool.py')!r}).read(), sorted(os.listdir({str(lib)!r})))\n"
               f"try:\n    open({str(lib / 'site-packages' / 'secret.py')!r})\nexcept PermissionError:\n    print('refused')\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -1090,7 +1084,7 @@ def test_what_arrives_while_a_sample_runs_ends_no_judge():
         for _ in range(2):
             send(worker.sock, job)
             time.sleep(0.1)  # the judge has the first and waits for the child
-        assert [receive(worker.sock)["value"] for _ in range(2)] == [7, 7]
+        assert [receive(worker.file)["value"] for _ in range(2)] == [7, 7]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda each: each.name)
@@ -1165,17 +1159,17 @@ def test_a_value_too_large_too_deep_or_strange_does_not_cross():
             encode(value)
     with pytest.raises(TypeError, match="a value of type object cannot cross"):
         encode([object()])
-    form = []
+    form = None
     for _ in range(60):
-        form = [form]
-    with pytest.raises(ValueError):
+        form = {"list": [form]}
+    with pytest.raises(ValueError, match="too deep"):
         decode(form)
 
 
 # ---- the table of system calls
 
 def bpf(program, architecture, number, *arguments):
-    """What a seccomp program returns: its machine has one register, absolute loads, two jumps, and return."""
+    """What a seccomp program returns: its machine has one register, absolute loads, one mask, one jump, and return."""
     import struct
     data = struct.pack("<IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
     at, register = 0, None
@@ -1186,8 +1180,11 @@ def bpf(program, architecture, number, *arguments):
             return operand
         if code == 0x20:
             register, = struct.unpack_from("<I", data, operand)
+        elif code == 0x54:
+            register &= operand
         else:
-            at += yes if (register == operand if code == 0x15 else register & operand) else no
+            assert code == 0x15
+            at += yes if register == operand else no
 
 
 X86, ARM = (0, 0xC000003E), (1, 0xC00000B7)
@@ -1206,21 +1203,19 @@ ALLOW, EPERM, ENOSYS, ENOTTY, KILL = 0x7FFF0000, 0x50001, 0x50026, 0x50019, 0x80
     (X86, 72, (3, 4, 0x800), ALLOW), (X86, 72, (3, 8, 1), EPERM), (ARM, 25, (3, 10, 9), EPERM),  # fcntl
     (X86, 16, (0, 0x5421), ALLOW), (X86, 16, (0, 0x5412), ENOTTY), (X86, 435, (0,), ENOSYS), (X86, 0x40000000, (), EPERM),
     (X86, 425, (), EPERM), (X86, 321, (), EPERM), (X86, 46, (), EPERM), (X86, 47, (), EPERM)])
-def test_seccomp_program_by_hand(monkeypatch, arch, number, arguments, expected):
+def test_seccomp_program_by_hand(arch, number, arguments, expected):
     """Numbers from the kernel's tables; x32 (bit 30) is on no list; another ABI's numbers kill."""
-    monkeypatch.setattr(walls, "ARCH", arch)
-    program = walls.seccomp_program()
+    program = walls.seccomp_program(arch=arch)
     assert bpf(program, arch[1], number, *arguments) == expected
     assert bpf(program, 0x40000003, number, *arguments) == KILL
 
 
 @pytest.mark.parametrize("arch", [X86, ARM], ids=["x86-64", "aarch64"])
-def test_seccomp_program_allows_what_is_listed_alone(monkeypatch, arch):
-    monkeypatch.setattr(walls, "ARCH", arch)
+def test_seccomp_program_allows_what_is_listed_alone(arch):
     listed = {pair.split()[1 + arch[0]] for pair in walls.CALLS.replace("\n", " ").split(", ")} - {"-"}
-    allowed = {str(n) for n in range(600) if bpf(walls.seccomp_program(), arch[1], n, *[(1 << 64) - 1] * 6) == ALLOW}
+    allowed = {str(n) for n in range(600) if bpf(walls.seccomp_program(arch=arch), arch[1], n, *[(1 << 64) - 1] * 6) == ALLOW}
     assert allowed - {"56" if arch == X86 else "220"} == listed  # every bit is set: clone's CLONE_THREAD too
-    closed = {n for n in range(600) if bpf(walls.seccomp_program(files=False), arch[1], n) == ALLOW}
+    closed = {n for n in range(600) if bpf(walls.seccomp_program(files=False, arch=arch), arch[1], n) == ALLOW}
     assert not closed & {2, 257} if arch == X86 else 56 not in closed
 
 

@@ -14,14 +14,6 @@ import types
 from .values import decode, encode, receive, send
 
 
-def run_last(source, names):
-    """Execute a source; the value of its last line if that is an expression, else None."""
-    tree = ast.parse(source)
-    last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "<code>", "exec"), names)
-    return None if last is None else eval(compile(last, "<code>", "eval"), names)
-
-
 def answer(sock):
     """Answer the judge's questions about the code until it goes away."""
     module = sys.modules["solution"] = types.ModuleType("solution")
@@ -34,6 +26,13 @@ def answer(sock):
     def load(source):
         exec(compile(source, "<code>", "exec", dont_inherit=True), names)
 
+    def run(source):
+        """The value of its last line if that is an expression, else None."""
+        tree = ast.parse(source)
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "<code>", "exec"), names)
+        return None if last is None else eval(compile(last, "<code>", "eval"), names)
+
     def name(name):
         if name not in names:
             raise NameError(f"the code does not define {name}")
@@ -45,18 +44,16 @@ def answer(sock):
         made.__kwdefaults__ = keyword_defaults
         return made
 
-    questions = {"load": load, "run": lambda source: run_last(source, names), "name": name,
-                 "function": function, "call": lambda target, /, *args, **kwargs: target(*args, **kwargs),
-                 "getattr": getattr, "setattr": setattr, "delattr": delattr, "getitem": operator.getitem,
-                 "setitem": operator.setitem, "delitem": operator.delitem, "iter": iter, "next": next, "len": len,
+    questions = {"load": load, "run": run, "name": name, "function": function, "getattr": getattr, "setattr": setattr,
+                 "delattr": delattr, "getitem": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem,
+                 "call": lambda target, /, *args, **kwargs: target(*args, **kwargs), "iter": iter, "next": next, "len": len,
                  "bool": bool, "str": str, "int": int, "float": float}
-    send(sock, "ready")  # from here on an end is the code's own doing
+    file = sock.makefile("rb")
     while True:
-        request = receive(sock)
+        question, args = receive(file)
         try:
-            args, kwargs = decode(request["args"], lambda number, _: kept[number])
-            value = questions[request["ask"]](*args, **kwargs)
-            reply = {"value": encode(value, None if request["plain"] else keep)}
+            args, kwargs = decode(args, lambda number, _: kept[number])
+            reply = {"value": encode(questions[question](*args, **kwargs), keep)}
         except BaseException as error:  # SystemExit and KeyboardInterrupt are answers too
             reply = {"raised": [each.__name__ for each in type(error).__mro__][:20], "text": str(error)[:300]}
         send(sock, reply)

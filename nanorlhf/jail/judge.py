@@ -8,7 +8,6 @@ import builtins
 import fcntl
 import gc
 import importlib
-import itertools
 import marshal
 import os
 import resource
@@ -19,6 +18,7 @@ import struct
 import sys
 import time
 import types
+from collections import deque
 
 from . import walls
 from .values import MAX_BYTES, decode, encode, receive, send
@@ -28,36 +28,33 @@ SIGNALS = {each.value: each.name for each in signal.Signals}
 
 
 class Stop(BaseException):
-    """The sample is over (time, a dead child, an answer that is none); no test can catch it into a pass: `_judge`."""
-
-    def __init__(self, status, detail):
-        super().__init__(status, detail)
+    """The sample is over: time, a dead child, an answer that is none. A test that catches it changes nothing (`_judge`)."""
 
 
 class Session:
     """Questions to one child."""
 
-    def __init__(self, sock):
-        self.sock, self.stopped = sock, None
+    def __init__(self, sock, file):
+        self.sock, self.file, self.stopped = sock, file, None
 
     def stop(self, status, detail):
         self.stopped = self.stopped or Stop(status, detail)
         raise self.stopped
 
-    def ask(self, question, *args, keywords={}, plain=False):
+    def ask(self, question, *args, **keywords):
         """The value of one question. What the code raised is raised here as the nearest builtin Exception."""
         if self.stopped:
             raise self.stopped
-        request = {"ask": question, "args": encode((args, keywords), self.number), "plain": plain}
+        request = question, encode((args, keywords), self.number)
         try:
             send(self.sock, request)
-            reply = receive(self.sock, MAX_BYTES)
+            reply = receive(self.file, MAX_BYTES)
             if "raised" not in reply:
-                return decode(reply["value"], None if plain else lambda number, name: Remote(self, number, name))
+                return decode(reply["value"], lambda number, name: Remote(self, number, name))
             names, text = [str(name) for name in reply["raised"]], str(reply["text"])
         except (EOFError, OSError):
             self.stop("crashed", "the code ended its process")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except Exception as error:
             self.stop("error", f"no value came back: {error}")
         if question != "next" and "StopIteration" in names:  # it would end the test's own loop, untested
             names = ["RuntimeError"]
@@ -84,7 +81,7 @@ class Remote:
         object.__setattr__(self, "_remote", (session, number, name))
 
     def __call__(self, /, *args, **kwargs):
-        return self._remote[0].ask("call", self, *args, keywords=kwargs)
+        return self._remote[0].ask("call", self, *args, **kwargs)
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -123,18 +120,21 @@ def _walk_tests(session, job):
         try:
             exec(compile(test, f"<test {number}>", "exec", dont_inherit=True), names)
         except AssertionError as error:
-            if hasattr(error, "said"):
+            if hasattr(error, "said"):  # the code's own
                 raise
-            raise Stop("failed", f"test {number}: {test}") from None
+            session.stop("failed", f"test {number}: {test}")
 
 
 def _value(session, job):
     """The encoded value of the expression, or of the code's last line."""
-    if job["setup"]:
-        session.ask("load", job["setup"])
-    if job["expression"] is not None:
-        session.ask("load", job["code"])
-    return encode(session.ask("run", job["code"] if job["expression"] is None else job["expression"], plain=True))
+    sources = [job["setup"], job["code"], *([] if job["expression"] is None else [job["expression"]])]
+    for source in sources[:-1]:
+        session.ask("load", source)
+    return encode(session.ask("run", sources[-1]), _refuse)
+
+
+def _refuse(value):
+    raise TypeError(f"a value of type {value._remote[2]} cannot cross: only plain builtins can")
 
 
 def _judge(session, job, timeout):
@@ -143,113 +143,106 @@ def _judge(session, job, timeout):
         session.stop("timeout", f"over {timeout:g} s")
 
     signal.signal(signal.SIGALRM, late)
-    value = None
+    status, detail, value = "ok", "", None
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, timeout, GRACE / 4)  # again and again, should a test catch it
             value = _walk_tests(session, job) if "tests" in job else _value(session, job)
-            status, detail = "ok", ""
-        except Exception as error:  # a test may raise anything at all, and so may the code
-            status = "memory" if isinstance(error, MemoryError) else "error"
-            detail = getattr(error, "said", f"{type(error).__name__}: {error}")
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except Stop as stop:
-        status, detail = stop.args
-    except (SystemExit, KeyboardInterrupt, GeneratorExit):
-        status, detail = "error", "a test ended itself"
-    signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except BaseException as error:  # a test may raise anything at all, and so may the code
+        status = "memory" if isinstance(error, MemoryError) else "error"
+        detail = getattr(error, "said", f"{type(error).__name__}: {error}")
     if session.stopped:  # whatever a test made of it
-        status, detail = session.stopped.args
-    return status, "".join(c if c.isprintable() else " " for c in detail[:300]), value if status == "ok" else None
+        (status, detail), value = session.stopped.args, None
+    return status, "".join(c if c.isprintable() else " " for c in detail[:300]), value
 
 
-class Zygote:
-    """One of the judge's, mostly two: while a child of one is at work, the other clears up and has its next one ready."""
+class Children:
+    """The zygote's: one for this job, and the next, which is forked and walled in meanwhile."""
 
     def __init__(self, control):
-        self.control, self.near, self.due = control, None, False
-        self.next()
+        self.control, self.near, self.due = control, deque(), False
+        self.fork()
+        self.fork()
 
-    def next(self):
-        """End the child, and have the next one started."""
-        if self.due:  # of the child before
-            self.code()
-        if self.near:
-            self.near.close()
-            self.due = True
-        self.near, far = socket.socketpair()
+    def fork(self):
+        near, far = socket.socketpair()
         with far:
             socket.send_fds(self.control, [b"n"], [far.fileno()])
+        self.near.append(near)
+
+    def next(self):
+        """(socket, file, layers) of the next child, behind its walls; OSError, EOFError or ValueError if none came to be."""
+        near = self.near[0]
+        near.settimeout(GRACE)
+        file = near.makefile("rb")
+        layers = receive(file)
+        near.settimeout(None)
+        if select.select([near], [], [], 0)[0]:
+            raise EOFError  # it was ready long ago, and has been killed since
+        return near, file, layers
+
+    def end(self):
+        """End that child."""
+        if self.due:
+            self.code()
+        self.near.popleft().close()
+        self.fork()
+        self.due = True
 
     def code(self):
         """The exit code of the last child that was ended."""
-        said = self.control.recv(4)
-        if not said:
-            raise EOFError  # the zygote is gone
         self.due = False
-        return struct.unpack("i", said)[0]
-
-    def child(self):
-        """A socket to the child, ready behind its walls; OSError, EOFError or ValueError if none came to be."""
-        self.near.settimeout(GRACE)
-        if receive(self.near, 100) != "ready":
-            raise ValueError("not a child")
-        self.near.settimeout(None)
-        if select.select([self.near], [], [], 0)[0]:
-            raise EOFError  # it was ready long ago, and has been killed since
-        return self.near
+        return struct.unpack("i", self.control.recv(4))[0]
 
 
-def _sample(zygote, job, timeout):
-    """One job on a fresh child -> what the trainer is told. "broken": no child came to be, so the code did not run."""
+def _sample(children, layers, job, timeout):
+    """One job on a fresh child -> what the trainer is told. "broken": none came to be with these layers, the code did not run."""
     begin = time.perf_counter()
     try:
-        near = zygote.child()
-    except (EOFError, OSError, ValueError):
-        return {"status": "broken"}
-    status, detail, value = _judge(Session(near), job, timeout)
-    zygote.next()
-    if status == "crashed":
-        code = zygote.code()
-        detail += f" ({SIGNALS.get(-code, -code) if code < 0 else f'exit code {code}'})" if code else ""
+        near, file, found = children.next()
+    except (EOFError, OSError, ValueError) as error:
+        return {"status": "broken", "detail": f"no child came to be {error}"}
+    if found != layers:
+        return {"status": "broken", "detail": f"a child came up with {found}"}
+    status, detail, value = _judge(Session(near, file), job, timeout)
+    file.close()
+    children.end()
+    if status == "crashed" and (code := children.code()):
+        detail += f" ({SIGNALS.get(-code, -code) if code < 0 else f'exit code {code}'})"
     return {"status": status, "detail": detail, "seconds": time.perf_counter() - begin, "value": value}
 
 
-def _walls(config, layers):
-    """The judge needs no file and no network either: a test is data as well. What is off here is off in `layers`."""
-    own = walls.Layers(config["without"])
+def _close(without, layers):
+    """Walls of its own, since the judge needs no file and no network either: a test is data as well. Returns `layers`, with
+    what is off here as off."""
     if walls.LINUX:
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-    own.wall("no_new_privs", walls.call, "prctl", 38, 1, 0, 0, 0)
-    own.wall("undumpable", walls.call, "prctl", 4, 0, 0, 0, 0)
-    own.wall("landlock", lambda: walls.enter_landlock(walls.landlock_rules(walls.libraries())[0]))
-    if on(layers["seccomp"]):  # with sendmsg and recvmsg, to hand over descriptors
-        own.wall("seccomp", lambda: walls.install_seccomp(walls.seccomp_program(extra=((46, 211), (47, 212)))))
-    for name, state in own.items():
-        if not state and on(layers[name]):
-            layers[name] = f"off: in the judge: {state[5:]}"
+    own = walls.Layers(without)
+    own.wall("no_new_privs", walls.no_new_privs)
+    own.wall("undumpable", walls.undumpable)
+    own.wall("landlock", walls.landlock)
+    own.wall("seccomp", walls.seccomp, True, ((46, 211), (47, 212)))  # sendmsg and recvmsg, to hand over descriptors
+    return layers | {name: f"off: in the judge: {state[5:]}" for name, state in own.items()
+                     if not state and not str(layers[name]).startswith("off: ")}
 
 
-def on(state):
-    """Whether a layer is on, by what the zygote sent: JSON has no `Off`."""
-    return not str(state).startswith("off: ")
-
-
-def main(config, trainer, lifeline, *controls):
+def main(config, trainer, lifeline, control):
     """Serve the trainer until it goes away. Nothing is ever sent on the lifeline: the one thing that can happen to it is
     that the trainer ends, and then the kernel ends this process too (SIGIO), whatever a test is busy with."""
-    trainer, controls = socket.socket(fileno=trainer), [socket.socket(fileno=control) for control in controls]
+    trainer, control = socket.socket(fileno=trainer), socket.socket(fileno=control)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+    jobs, children = trainer.makefile("rb"), Children(control)
     try:
-        layers, *others = [receive(control) for control in controls]
-        layers |= {name: state for other in others for name, state in other.items() if not on(state)}
-        _walls(config, layers)
-        send(trainer, layers)
+        layers = children.next()[2]  # what the first says, the others must say too
+        children.end()
+        send(trainer, _close(config["without"], layers))
         gc.freeze()
-        for zygote in itertools.cycle([Zygote(control) for control in controls]):
-            job = receive(trainer)
-            send(trainer, _sample(zygote, job, job.get("timeout", config["timeout"])))
+        while True:
+            job = receive(jobs)
+            send(trainer, _sample(children, layers, job, job.get("timeout", config["timeout"])))
             gc.collect()  # what a test has made must not count against the memory of the next
     except (EOFError, ConnectionError):  # the trainer is gone; or the zygote, and it has said why
         os._exit(0)
