@@ -23,7 +23,7 @@ from typing import NamedTuple
 from nanorlhf.config import option, parse
 from nanorlhf.data import CONALA_SHA256, DATA, load_splits, sha256
 from nanorlhf.errors import InputError
-from nanorlhf.sandbox import Sandbox, cores
+from nanorlhf.sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (3, 11)
@@ -130,6 +130,11 @@ def _gpu(torch, index):
 
 def _has_nvidia():
     return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def cores():
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_threads(torch):

@@ -2,7 +2,7 @@
 
     trainer                this process: sends jobs, receives outcomes; runs no candidate code and no test
       judge   (1 a worker) holds the tests; where they call the code it asks a child, and compares plain values itself
-      zygote  (1-2 a worker) clean interpreter in namespaces of its own; never sees code or a test
+      zygote  (1 a worker) clean interpreter in namespaces of its own; never sees code or a test
         child (1 a sample) forked, behind every other wall; runs the code and answers the judge's questions
 
 All three are in nanorlhf/jail. What is promised and what is not: SECURITY.md. Each wall is tried at start, probed by
@@ -13,7 +13,6 @@ import ast
 import hashlib
 import json
 import logging
-import os
 import queue
 import socket
 import subprocess
@@ -32,11 +31,6 @@ __all__ = ["Outcome", "Sandbox", "decode", "encode", "same"]
 
 MODES = ("auto", "require", "weak", "off")
 MAX_CACHED = 200_000  # verdicts
-
-
-def cores():
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -70,32 +64,21 @@ class _Worker:
     def start(self):
         """RuntimeError if the processes do not come up, or not with all layers that they came up with before."""
         (self.sock, jobs), (self.lifeline, life), (orders, control) = (socket.socketpair() for _ in range(3))
-        self.processes = []
+        self.file, self.processes = self.sock.makefile("rb"), []
         try:
-            try:
-                self.launch("judge", jobs, life, orders)
-                self.launch("zygote", control)
-            finally:
-                for end in (jobs, life, orders, control):
-                    end.close()
-            self.sock.settimeout(60)
-            self.file = self.sock.makefile("rb")
-            found = {k: Off(v) if str(v).startswith("off: ") else v for k, v in receive(self.file).items()}
-            send(self.sock, {"code": PROBE, "setup": "", "expression": "found", "timeout": 30})  # the user's may be short
-            said = receive(self.file)
-        except (EOFError, OSError) as error:
+            self.launch("judge", jobs, life, orders)
+            self.launch("zygote", control)
+            found = self.probe()
+            for name in self.layers:
+                if self.layers[name] and not found[name]:
+                    raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({found[name][5:]})")
+            self.layers = self.layers or found
+        except BaseException as error:
+            control.close()  # no zygote may have it, and the judge is waiting
             self.stop()
-            raise RuntimeError(f"the sandbox can start no process: {error or 'what it said is on stderr'}") from None
-        if said["status"] != "ok":
-            self.stop()
-            raise RuntimeError(f"the sandbox could not run its probe: {said['detail'] or said['status']}")
-        for layer in decode(said["value"]):
-            found[layer] = found[layer] and Off("off: it was put up, but the probe went through it")
-        for name in self.layers:
-            if self.layers[name] and not found[name]:
-                self.stop()
-                raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({found[name][5:]})")
-        self.layers = self.layers or found
+            if isinstance(error, (EOFError, OSError)):
+                raise RuntimeError(f"the sandbox can start no process: {error or 'what it said is on stderr'}") from None
+            raise
 
     def launch(self, role, *ends):
         """Flags: no site-packages, no folder of ours on the path. Environment: only what makes runs repeatable."""
@@ -105,6 +88,20 @@ class _Worker:
         self.processes.append(subprocess.Popen(
             [sys.executable, "-s", "-S", "-P", "-B", "-c", start], pass_fds=numbers, cwd="/", start_new_session=True,
             env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+        for end in ends:
+            end.close()
+
+    def probe(self):
+        """{layer: state}, as the processes say; but no layer's word is taken where code can try what it forbids."""
+        self.sock.settimeout(60)
+        layers = {name: Off(state) if str(state).startswith("off: ") else state for name, state in receive(self.file).items()}
+        send(self.sock, {"code": PROBE, "setup": "", "expression": "found", "timeout": 30})  # the user's may be short
+        said = receive(self.file)
+        if said["status"] != "ok":
+            raise RuntimeError(f"the sandbox could not run its probe: {said['detail'] or said['status']}")
+        for name in decode(said["value"]):
+            layers[name] = layers[name] and Off("off: it was put up, but the probe went through it")
+        return layers
 
     def run(self, job):
         """What the judge says of a job; twice where no child came to be for it, for then the code did not run."""
@@ -132,8 +129,8 @@ class _Worker:
 
     def stop(self):
         """Without the lifeline the judge ends; without its judge the zygote ends its children and then itself."""
-        self.sock.close()
-        self.lifeline.close()
+        for end in (self.file, self.sock, self.lifeline):
+            end.close()
         for process in self.processes:
             try:
                 process.wait(GRACE)
@@ -232,8 +229,8 @@ class Sandbox:
                 return list(pool.map(self._run, jobs))
             except BaseException:  # Ctrl-C: wait for no sample
                 pool.shutdown(wait=False, cancel_futures=True)
-                for worker in self.workers:
-                    worker.processes[0].kill()
+                for process in [process for worker in self.workers for process in worker.processes]:
+                    process.kill()
                 raise
 
     def _run(self, job):
