@@ -11,6 +11,7 @@ MAX_BYTES, MAX_DEPTH, MAX_ITEMS = 1 << 20, 50, 100_000  # of one value; the firs
 ONE = {int: int.__pos__, float: float.__pos__, complex: complex.__pos__, str: str.__str__,
        bytes: lambda value: b"".join([value])}
 MANY = {list: list.__iter__, tuple: tuple.__iter__, set: set.__iter__, frozenset: frozenset.__iter__, dict: dict.items}
+WRITE = {int: hex, bytes: bytes.hex, complex: lambda value: [value.real, value.imag]}  # base 16: no 4300-digit limit
 READ = {"int": lambda body: int(body, 16), "bytes": bytes.fromhex, "complex": lambda body: complex(*map(float, body))}
 
 
@@ -26,12 +27,8 @@ def encode(value, keep=None):
             raise ValueError("the value is too deep, cyclic or too large")
         if value is None or kind in (bool, float, str) or kind is int and -1 << 63 <= value < 1 << 63:
             return value
-        if kind is int:
-            return {"int": hex(value)}  # no 4300-digit limit in base 16
-        if kind is complex:
-            return {"complex": [value.real, value.imag]}
-        if kind is bytes:
-            return {"bytes": value.hex()}
+        if kind in WRITE:
+            return {kind.__name__: WRITE[kind](value)}
         if kind is dict:
             return {"dict": [[form(k, depth + 1), form(v, depth + 1)] for k, v in value.items()]}
         if kind in MANY:
@@ -69,10 +66,9 @@ def decode(form, kept=None, depth=0):
 
 def _strict(value):
     """A form in which == tells bool from number at any depth."""
-    if isinstance(value, (list, tuple)):
-        return (isinstance(value, list), *map(_strict, value))
-    if isinstance(value, (set, frozenset)):
-        return frozenset(map(_strict, value))
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return kind(map(_strict, value))
     if isinstance(value, dict):
         return {_strict(k): _strict(v) for k, v in value.items()}
     return (bool, value) if type(value) is bool else value
