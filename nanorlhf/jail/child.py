@@ -26,9 +26,11 @@ def answer(sock):
     def load(source):
         exec(compile(source, "<code>", "exec", dont_inherit=True), names)
 
-    def run(source):
-        """The value of its last line if that is an expression, else None."""
-        tree = ast.parse(source)
+    def run(*sources):
+        """The value of the last one's last line if that is an expression, else None."""
+        for source in sources[:-1]:
+            load(source)
+        tree = ast.parse(sources[-1])
         last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, "<code>", "exec"), names)
         return None if last is None else eval(compile(last, "<code>", "eval"), names)
@@ -44,10 +46,9 @@ def answer(sock):
         made.__kwdefaults__ = keyword_defaults
         return made
 
-    questions = {"load": load, "run": run, "name": name, "function": function, "getattr": getattr, "setattr": setattr,
-                 "delattr": delattr, "getitem": operator.getitem, "setitem": operator.setitem, "delitem": operator.delitem,
-                 "call": lambda target, /, *args, **kwargs: target(*args, **kwargs), "iter": iter, "next": next, "len": len,
-                 "bool": bool, "str": str, "int": int, "float": float}
+    questions = {each.__name__: each for each in (
+        load, run, name, function, getattr, setattr, delattr, operator.getitem, operator.setitem, operator.delitem, operator.call,
+        iter, next, len, bool, str, int, float)}
     file = sock.makefile("rb")
     while True:
         question, args = receive(file)

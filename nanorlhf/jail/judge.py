@@ -127,10 +127,8 @@ def _walk_tests(session, job):
 
 def _value(session, job):
     """The encoded value of the expression, or of the code's last line."""
-    sources = [job["setup"], job["code"], *([] if job["expression"] is None else [job["expression"]])]
-    for source in sources[:-1]:
-        session.ask("load", source)
-    return encode(session.ask("run", sources[-1]), _refuse)
+    sources = [job[name] for name in ("setup", "code", "expression") if job[name] is not None]
+    return encode(session.ask("run", *sources), _refuse)
 
 
 def _refuse(value):
