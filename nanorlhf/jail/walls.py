@@ -32,8 +32,7 @@ class Off(str):
 class Layers(dict):
     """What is on: {name of a layer: True, a word more, or `Off`}."""
 
-    def __init__(self, without, layers=()):
-        super().__init__(layers)
+    def __init__(self, without):
         self.without = without
 
     def wall(self, name, build, *args):
@@ -44,7 +43,7 @@ class Layers(dict):
             if not LINUX and name != "rlimits":
                 raise OSError(f"{sys.platform} has none, it needs Linux")
             self[name] = build(*args) or True
-        except (OSError, AttributeError, TypeError) as error:  # the C library or the machine lacks the call
+        except (OSError, AttributeError) as error:  # the C library or the machine lacks the call
             self[name] = Off(f"off: {error}")
 
 
@@ -128,19 +127,10 @@ def seccomp(files=True, extra=()):
 
 # ---- files, users, processes
 
-def libraries():
-    """Paths that may be read with all below, and folders that may be listed: the standard library, the time zones, and
-    the names of the packages that are installed below it."""
-    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
-    readable = [os.path.join(folder, name) for folder in folders for name in os.listdir(folder)
-                if name not in ("site-packages", "dist-packages")]
-    return [path for path in [*readable, "/usr/share/zoneinfo"] if os.path.exists(path)], folders
-
-
 @functools.cache
 def landlock_rules():
-    """(descriptor of a ruleset, ABI): no file but `libraries`, no TCP, no abstract socket and no signal to the outside, as far
-    as this kernel knows them; it may know less than its version says."""
+    """(descriptor of a ruleset, ABI): no file but the standard library's and the time zones, no TCP, no abstract socket and no
+    signal to the outside, as far as this kernel knows them; it may know less than its version says."""
     for abi in range(call("syscall", 444, None, 0, 1), 0, -1):
         files = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1
         attributes = struct.pack("QQQ", files, 3 * (abi >= 4), 3 * (abi >= 6))
@@ -150,13 +140,15 @@ def landlock_rules():
         except OSError:
             if abi == 1:
                 raise
-    readable, listed = libraries()
-    read_file, read_folder = 4, 8
-    rules = [(path, read_folder | read_file if os.path.isdir(path) else read_file) for path in readable]
-    for path, rights in [*rules, *((folder, read_folder) for folder in listed)]:
-        at = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        call("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, at), 0)  # PATH_BENEATH
-        os.close(at)
+    read, listing = 4, 8  # of all that is below a path; names of installed packages can be listed, their files not read
+    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    rules = {os.path.join(folder, name): read for folder in folders for name in os.listdir(folder)
+             if name not in ("site-packages", "dist-packages")}
+    for path, rights in (rules | dict.fromkeys(folders, listing) | {"/usr/share/zoneinfo": read | listing}).items():
+        if os.path.exists(path):  # no link to nowhere; the machine may have no time zones
+            at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            call("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, at), 0)  # PATH_BENEATH
+            os.close(at)
     return ruleset, abi
 
 
