@@ -14,11 +14,9 @@ import resource
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 import types
-from collections import deque
 
 from . import walls
 from .values import MAX_BYTES, decode, encode, receive, send
@@ -160,9 +158,10 @@ class Children:
     """The zygote's: one for this job, and the next, which is forked and walled in meanwhile."""
 
     def __init__(self, control):
-        self.control, self.near, self.due = control, deque(), False
+        self.control, self.near = control, []
         self.fork()
         self.fork()
+        self.control.recv(2)  # of the two answers one is always left, to be looked at
 
     def fork(self):
         near, far = socket.socketpair()
@@ -183,16 +182,13 @@ class Children:
 
     def end(self):
         """End that child."""
-        if self.due:
-            self.code()
-        self.near.popleft().close()
+        self.near.pop(0).close()
+        self.control.recv(2)
         self.fork()
-        self.due = True
 
     def code(self):
-        """The exit code of the last child that was ended."""
-        self.due = False
-        return struct.unpack("i", self.control.recv(4))[0]
+        """The exit code of the child that was ended last."""
+        return int.from_bytes(self.control.recv(2, socket.MSG_PEEK), "big", signed=True)
 
 
 def _sample(children, layers, job, timeout):

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import struct
 from contextlib import suppress
 
 from . import walls
@@ -33,8 +32,8 @@ encodings.rot_13 encodings.utf_16 encodings.utf_16_be encodings.utf_16_le encodi
 
 
 def main(config, control):
-    """Each message of the judge's brings a socket for a child to be forked. Two are kept, one at work and one that is ready;
-    with a third the first is ended, and its exit code is the answer. Ends with the judge."""
+    """Each message of the judge's brings a socket for a child to be forked. Two are kept, one at work and one that is ready:
+    for a third the first is ended. The answer is the exit code of the child that was ended, or 0. Ends with the judge."""
     control, children = socket.socket(fileno=control), []
     config["user"] = 0x70000000 + os.getpid() % (1 << 20)  # above any that systemd gives out
     layers = _namespaces(config["without"])
@@ -47,16 +46,15 @@ def main(config, control):
     gc.freeze()  # children would copy the pages that a collection touches
     with suppress(ConnectionError):  # the judge has gone, and left an answer unread
         while descriptors := socket.recv_fds(control, 1, 1)[1]:
-            done = children[:-1]
-            _kill(done)
             pid = os.fork()
             if pid == 0:
                 _child(descriptors[0], layers, config)
             os.close(descriptors[0])
-            for each in done:
-                control.send(struct.pack("i", os.waitstatus_to_exitcode(os.waitpid(each, 0)[1])))
-            children = [*children[-1:], pid]
-    _kill(children)
+            children.append(pid)
+            code = _end(children.pop(0)) if len(children) > 2 else 0
+            control.send(code.to_bytes(2, "big", signed=True))
+    for pid in children:
+        _end(pid)
     os._exit(0)
 
 
@@ -128,8 +126,9 @@ def _child(sock, layers, config):
         os._exit(0)
 
 
-def _kill(pids):
-    """The children and their groups."""
-    for pid in [*pids, *(-pid for pid in pids)]:
+def _end(pid):
+    """Kill a child and its group -> its exit code."""
+    for each in (pid, -pid):
         with suppress(ProcessLookupError, PermissionError):  # gone already; macOS says the second of a zombie's group
-            os.kill(pid, signal.SIGKILL)
+            os.kill(each, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
