@@ -21,7 +21,7 @@ import types
 from . import walls
 from .values import MAX_BYTES, decode, encode, receive, send
 
-GRACE = 2.0  # seconds to start a child, and seconds beyond the time limit after which the trainer takes the judge itself for stuck
+GRACE = 2.0  # seconds to start a child; twice as many beyond the time limit, and the trainer takes the judge for stuck
 SIGNALS = {each.value: each.name for each in signal.Signals}
 
 
@@ -56,7 +56,7 @@ class Session:
             self.stop("error", f"no value came back: {error}")
         if question != "next" and "StopIteration" in names:  # it would end the test's own loop, untested
             names = ["RuntimeError"]
-        kinds = [getattr(builtins, name, None) for name in names if name not in ("ExceptionGroup", "Exception")]
+        kinds = [getattr(builtins, name, None) for name in names if name != "ExceptionGroup"]  # which wants its parts
         kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, Exception)), Exception)
         error = kind.__new__(kind, text)  # not called: UnicodeDecodeError wants five arguments
         error.said = f"{names[0] if names else 'error'}: {text}"
@@ -192,14 +192,14 @@ class Children:
 
 
 def _sample(children, layers, job, timeout):
-    """One job on a fresh child -> what the trainer is told. "broken": none came to be with these layers, the code did not run."""
+    """One job on a fresh child -> what the trainer is told. "broken": none came to be with these layers, no code ran."""
     begin = time.perf_counter()
     try:
         near, file, found = children.next()
+        if found != layers:
+            raise ValueError(f"that has the walls of the first, but one with {found}")
     except (EOFError, OSError, ValueError) as error:
         return {"status": "broken", "detail": f"no child came to be {error}"}
-    if found != layers:
-        return {"status": "broken", "detail": f"a child came up with {found}"}
     status, detail, value = _judge(Session(near, file), job, timeout)
     file.close()
     children.end()

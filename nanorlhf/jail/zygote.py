@@ -39,7 +39,8 @@ def main(config, control):
     layers = _namespaces(config["without"])
     layers.wall("undumpable", walls.undumpable)
     with suppress(OSError):
-        walls.seccomp_program(), walls.landlock_rules()  # they are kept: once for all children
+        walls.seccomp_program(True, ())  # as `seccomp` will ask; both are kept, once for all children
+        walls.landlock_rules()
     _import(USUAL)
     if not _can_import(layers, config):
         _import(MORE)
@@ -65,7 +66,8 @@ def _import(modules):
 
 
 def _can_import(layers, config):
-    """Whether a child can read the library behind Landlock, and finds it compiled: not where Python is its owner's alone. Then `MORE` is left to those that want it; a smaller process is forked faster."""
+    """Whether a child can read the library behind Landlock, and finds it compiled: not where Python is its owner's alone. Then
+    `MORE` is left to those that want it; a smaller process is forked faster."""
     pid = os.fork()
     if pid == 0:
         try:
