@@ -50,15 +50,11 @@ class Outcome:
     value: object = None
 
 
-def _outcome(said):
-    return Outcome(said["status"] == "ok", said["status"], said["seconds"], said["detail"], decode(said["value"]))
-
-
 class _Worker:
     """One judge and its zygote."""
 
     def __init__(self, config):
-        self.config, self.layers, self.processes = config, {}, []
+        self.config, self.layers = config, {}
         self.start()
 
     def start(self):
@@ -170,36 +166,32 @@ class Sandbox:
         unknown = [name for name in without if name not in LAYERS] if isinstance(without, (list, tuple)) else [without]
         if unknown:
             raise InputError(f"without must be a list of layers; {unknown[0]!r} is none; there are {', '.join(LAYERS)}")
-        self.mode, self.layers, self.workers, self.cache = mode, {}, [], {}
+        self.mode, self.layers, self.workers, self.idle, self.cache = mode, {}, [], queue.SimpleQueue(), {}
         if mode == "off":
             return
         config = {"timeout": float(timeout), "memory_mb": int(memory_mb), "without": list(without)}
         try:
             for _ in range(int(workers)):
-                self.workers.append(_Worker(config))
-            for worker in self.workers:
+                worker = _Worker(config)
+                self.workers.append(worker)
+                self.idle.put(worker)
                 self.layers = worker.layers | {name: state for name, state in self.layers.items() if not state}
             self._admit()
         except BaseException:
             self.close()
             raise
-        self.idle = queue.SimpleQueue()
-        for worker in self.workers:
-            self.idle.put(worker)
 
     def _admit(self):
         """Refuse to start with less than the mode asks for."""
-        off = {name: self.layers[name][5:] for name in self.REQUIRED if not self.layers[name]}
+        missing = [f"{name} ({self.layers[name][5:]})" for name in self.REQUIRED if not self.layers[name]]
         if not (self.layers["landlock"] or self.layers["chroot"]):
-            off["landlock or chroot"] = f"{self.layers['landlock'][5:]}; {self.layers['chroot'][5:]}"
-        needed = {"require": off, "auto": {k: v for k, v in off.items() if k == "seccomp"}, "weak": {}}[self.mode]
+            missing.append(f"landlock or chroot ({self.layers['landlock'][5:]}; {self.layers['chroot'][5:]})")
+        needed = {"require": missing, "auto": [each for each in missing if each.startswith("seccomp ")], "weak": []}[self.mode]
         if needed:
-            missing = "; ".join(f"{name} ({cause})" for name, cause in needed.items())
-            raise InputError(f"sandbox mode {self.mode!r} will not run code here: missing {missing}; "
+            raise InputError(f"sandbox mode {self.mode!r} will not run code here: missing {'; '.join(needed)}; "
                              "mode 'weak' runs with what there is")
-        if off:
-            missing = "; ".join(f"{name} ({cause})" for name, cause in off.items())
-            logging.getLogger(__name__).warning("sandbox runs without %s", missing)
+        if missing:
+            logging.getLogger(__name__).warning("sandbox runs without %s", "; ".join(missing))
 
     def check(self, code, tests, entry_point=None):
         """Whether the code passes all tests.
@@ -247,7 +239,7 @@ class Sandbox:
                 self.idle.put(worker)
             if said["status"] in ("ok", "failed", "error") and len(self.cache) < MAX_CACHED:
                 self.cache[key] = said
-        return _outcome(said)
+        return Outcome(said["status"] == "ok", said["status"], said["seconds"], said["detail"], decode(said["value"]))
 
     def close(self):
         for worker in self.workers:
@@ -305,18 +297,17 @@ def _texts(value, name):
 PROBE = """
 import os, resource, socket
 found = []
-def holds(layer, action, *args):
+for layer, passes in {"seccomp": socket.socket,
+                      "landlock": lambda: os.listdir("/"),
+                      "chroot": lambda: os.listdir("/"),
+                      "own_user": lambda: os.getuid() == 0,
+                      "pid_namespace": lambda: os.getppid() != 1,
+                      "rlimits": lambda: resource.getrlimit(resource.RLIMIT_CORE)[1] != 0}.items():
     try:
-        if action(*args):
+        if passes():
             found.append(layer)
     except OSError:
         pass
-holds("seccomp", lambda: socket.socket() and True)
-holds("landlock", os.listdir, "/")
-holds("chroot", os.listdir, "/")
-holds("own_user", lambda: os.getuid() == 0)
-holds("pid_namespace", lambda: os.getppid() != 1)
-holds("rlimits", lambda: resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)
 """
 
 
