@@ -263,8 +263,8 @@ def _prepare(job):
     for name in job:
         if name not in known:
             raise InputError(f"a job has {name!r}: beside code it has tests and entry_point, or setup and expression")
-    for name in ("code", "setup", "expression"):
-        if not isinstance(job.get(name), str) and (name == "code" or job.get(name) is not None):
+    for name, kind in (("code", str), ("setup", str | None), ("expression", str | None)):
+        if not isinstance(job.get(name), kind):
             raise InputError(f"a job's {name} must be text, not {type(job.get(name)).__name__}")
     if "tests" not in job:
         return {"code": job["code"], "setup": job.get("setup") or "", "expression": job.get("expression")}
@@ -287,10 +287,10 @@ def _prepare(job):
 
 def _texts(value, name):
     """A text or a list of texts as a list."""
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [None]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"a job's {name} must be text or a list of texts")
-    return texts
+    return list(texts)
 
 
 # Names the layers that do not hold.
