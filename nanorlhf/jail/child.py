@@ -47,8 +47,8 @@ def answer(sock):
         return made
 
     questions = {each.__name__: each for each in (
-        load, run, name, function, getattr, setattr, delattr, operator.getitem, operator.setitem, operator.delitem, operator.call,
-        iter, next, len, bool, str, int, float)}
+        load, run, name, function, getattr, setattr, delattr, operator.getitem, operator.setitem, operator.delitem,
+        operator.call, iter, next, len, bool, str, int, float)}
     file = sock.makefile("rb")
     while True:
         question, args = receive(file)

@@ -135,10 +135,7 @@ def _refuse(value):
 
 def _judge(session, job, timeout):
     """One job on a fresh child -> (status, detail, value). "ok" only at the end of all tests, with nothing amiss."""
-    def late(*_):
-        session.stop("timeout", f"over {timeout:g} s")
-
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGALRM, lambda *_: session.stop("timeout", f"over {timeout:g} s"))
     status, detail, value = "ok", "", None
     try:
         try:
