@@ -127,6 +127,8 @@ class _Worker:
         """Without the lifeline the judge ends; without its judge the zygote ends its children and then itself."""
         for end in (self.file, self.sock, self.lifeline):
             end.close()
+        for judge in self.processes[:1]:
+            judge.kill()  # a fork of the trainer may hold the lifeline
         for process in self.processes:
             try:
                 process.wait(GRACE)

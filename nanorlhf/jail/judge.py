@@ -39,7 +39,7 @@ class Session:
         self.stopped = self.stopped or Stop(status, detail)
         raise self.stopped
 
-    def ask(self, question, *args, **keywords):
+    def ask(self, question, /, *args, **keywords):
         """The value of one question. What the code raised is raised here as the nearest builtin Exception."""
         if self.stopped:
             raise self.stopped
@@ -52,6 +52,8 @@ class Session:
             names, text = [str(name) for name in reply["raised"]], str(reply["text"])
         except (EOFError, OSError):
             self.stop("crashed", "the code ended its process")
+        except MemoryError:
+            self.stop("memory", "the judge has no memory for an answer")
         except Exception as error:
             self.stop("error", f"no value came back: {error}")
         if question != "next" and "StopIteration" in names:  # it would end the test's own loop, untested
@@ -166,10 +168,10 @@ class Children:
             socket.send_fds(self.control, [b"n"], [far.fileno()])
         self.near.append(near)
 
-    def next(self):
+    def next(self, seconds=GRACE):
         """(socket, file, layers) of the next child, behind its walls; OSError, EOFError or ValueError if none came to be."""
         near = self.near[0]
-        near.settimeout(GRACE)
+        near.settimeout(seconds)
         file = near.makefile("rb")
         layers = receive(file)
         near.settimeout(None)
@@ -225,9 +227,10 @@ def main(config, trainer, lifeline, control):
     trainer, control = socket.socket(fileno=trainer), socket.socket(fileno=control)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
-    jobs, children = trainer.makefile("rb"), Children(control)
+    jobs = trainer.makefile("rb")
     try:
-        layers = children.next()[2]  # what the first says, the others must say too
+        children = Children(control)
+        layers = children.next(60)[2]  # what the first says, the others must say too; the zygote takes its time to start
         children.end()
         send(trainer, _close(config["without"], layers))
         gc.freeze()

@@ -12,6 +12,7 @@ ONE = {int: int.__pos__, float: float.__pos__, complex: complex.__pos__, str: st
        bytes: lambda value: b"".join([value])}
 MANY = {list: list.__iter__, tuple: tuple.__iter__, set: set.__iter__, frozenset: frozenset.__iter__, dict: dict.items}
 WRITE = {int: hex, bytes: bytes.hex, complex: lambda value: [value.real, value.imag]}  # base 16: no 4300-digit limit
+BUILTIN = {kind.__name__: kind for kind in MANY}
 READ = {"int": lambda body: int(body, 16), "bytes": bytes.fromhex, "complex": lambda body: complex(*map(float, body))}
 
 
@@ -32,7 +33,8 @@ def encode(value, keep=None):
         if kind is dict:
             return {"dict": [[form(k, depth + 1), form(v, depth + 1)] for k, v in value.items()]}
         if kind in MANY:
-            return {kind.__name__: [form(v, depth + 1) for v in value]}
+            items = [form(v, depth + 1) for v in value]
+            return items if kind is list else {kind.__name__: items}
         for base in kind.__mro__[1:]:
             if base in ONE:
                 return form(ONE[base](value), depth)
@@ -50,8 +52,10 @@ def decode(form, kept=None, depth=0):
     def inner(form):
         return decode(form, kept, depth + 1)
 
-    if depth > MAX_DEPTH or type(form) is list:
-        raise ValueError("too deep, or no value at all")
+    if depth > MAX_DEPTH:
+        raise ValueError("the value is too deep")
+    if type(form) is list:
+        return [inner(each) for each in form]
     if type(form) is not dict:
         return form
     (kind, body), = form.items()
@@ -59,9 +63,7 @@ def decode(form, kept=None, depth=0):
         return kept(int(body[0]), str(body[1]))
     if kind == "dict":
         return {inner(k): inner(v) for k, v in body}
-    if kind in READ:
-        return READ[kind](body)
-    return {each.__name__: each for each in MANY}[kind](map(inner, body))
+    return READ[kind](body) if kind in READ else BUILTIN[kind](map(inner, body))
 
 
 def _strict(value):
@@ -87,8 +89,8 @@ def send(sock, message):
 def receive(file, limit=-1):
     """One message from the other side, read from its socket's `makefile("rb")`. EOFError at its end, ValueError if it is none."""
     line = file.readline(limit)
-    if not line:
-        raise EOFError
+    if len(line) == limit:
+        raise ValueError("the message is too long")
     if not line.endswith(b"\n"):
-        raise ValueError("a message that is too long, or cut off")
+        raise EOFError
     return json.loads(line)

@@ -131,22 +131,23 @@ def seccomp(files=True, extra=()):
 def landlock_rules():
     """(descriptor of a ruleset, ABI): no file but the standard library's and the time zones, no TCP, no abstract socket and no
     signal to the outside, as far as this kernel knows them; it may know less than its version says."""
-    for abi in range(call("syscall", 444, None, 0, 1), 0, -1):
+    for abi in range(max(1, call("syscall", 444, None, 0, 1)), 0, -1):
         files = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1
         attributes = struct.pack("QQQ", files, 3 * (abi >= 4), 3 * (abi >= 6))
         try:
             ruleset = call("syscall", 444, attributes, len(attributes), 0)
             break
-        except OSError:
-            if abi == 1:
+        except OSError as error:
+            if abi == 1 or error.errno not in (errno.EINVAL, errno.E2BIG):
                 raise
     read, listing = 4, 8  # of all that is below a path; names of installed packages can be listed, their files not read
     folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
     rules = {os.path.join(folder, name): read for folder in folders for name in os.listdir(folder)
-             if name not in ("site-packages", "dist-packages")}
-    for path, rights in (rules | dict.fromkeys(folders, listing) | {"/usr/share/zoneinfo": read | listing}).items():
+             if name not in ("site-packages", "dist-packages")} | dict.fromkeys(folders, 0) | {"/usr/share/zoneinfo": read}
+    for path, rights in rules.items():
         if os.path.exists(path):  # no link to nowhere; the machine may have no time zones
             at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            rights |= listing * os.path.isdir(path)
             call("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, at), 0)  # PATH_BENEATH
             os.close(at)
     return ruleset, abi

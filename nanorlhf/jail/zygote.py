@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from contextlib import suppress
 
 from . import walls
@@ -34,10 +35,10 @@ encodings.rot_13 encodings.utf_16 encodings.utf_16_be encodings.utf_16_le encodi
 def main(config, control):
     """Each message of the judge's brings a socket for a child to be forked. Two are kept, one at work and one that is ready:
     for a third the first is ended. The answer is the exit code of the child that was ended, or 0. Ends with the judge."""
-    control, children = socket.socket(fileno=control), []
+    control, children, sys.argv[:] = socket.socket(fileno=control), [], [""]
     config["user"] = 0x70000000 + os.getpid() % (1 << 20)  # above any that systemd gives out
     layers = _namespaces(config["without"])
-    layers.wall("undumpable", walls.undumpable)
+    config["zygote"] = os.getpid()
     with suppress(OSError):
         walls.seccomp_program(True, ())  # as `seccomp` will ask; both are kept, once for all children
         walls.landlock_rules()
@@ -47,12 +48,15 @@ def main(config, control):
     gc.freeze()  # children would copy the pages that a collection touches
     with suppress(ConnectionError):  # the judge has gone, and left an answer unread
         while descriptors := socket.recv_fds(control, 1, 1)[1]:
-            pid = os.fork()
-            if pid == 0:
+            code = _end(children.pop(0)) if len(children) == 2 else 0
+            config["user"] ^= 1 << 20  # another than that of the child at work, which is none of its business
+            try:
+                children.append(os.fork())
+            except OSError:  # the judge finds its socket closed when its turn comes; the child at work goes on
+                children.append(None)
+            if children[-1] == 0:
                 _child(descriptors[0], layers, config)
             os.close(descriptors[0])
-            children.append(pid)
-            code = _end(children.pop(0)) if len(children) > 2 else 0
             control.send(code.to_bytes(2, "big", signed=True))
     for pid in children:
         _end(pid)
@@ -86,6 +90,7 @@ def _namespaces(without):
         layers.wall("user_namespace", walls.user_namespace)
     for name, flag in (("net_namespace", 0x40000000), ("ipc_namespace", 0x08000000), ("pid_namespace", 0x20000000)):
         layers.wall(name, walls.call, "unshare", flag)
+    layers.wall("undumpable", walls.undumpable)
     if layers["pid_namespace"]:
         pid = os.fork()  # process 1 there: when it ends, the kernel kills all others
         if pid:
@@ -97,7 +102,7 @@ def _namespaces(without):
 
 def _close_doors(layers, config):
     """In a child: every wall but the last, seccomp."""
-    zygote, memory = os.getppid(), walls.mapped() + (config["memory_mb"] << 20)
+    memory = walls.mapped() + (config["memory_mb"] << 20)
     own = layers.get("user_namespace") or os.geteuid() == 0
     layers.wall("landlock", walls.landlock)
     if layers["landlock"]:
@@ -105,10 +110,11 @@ def _close_doors(layers, config):
     else:
         layers.wall("chroot", walls.chroot)
     layers.wall("own_user", walls.own_user, config["user"])
+    layers.wall("undumpable", walls.undumpable)  # again, since the change of user may undo it
     layers.wall("rlimits", walls.rlimits, memory, config["timeout"], own)
     if walls.LINUX:
         walls.die_with_parent()  # after the change of user, which would undo it
-        if os.getppid() != zygote:
+        if os.getppid() != config["zygote"]:
             os._exit(1)
 
 
@@ -129,7 +135,9 @@ def _child(sock, layers, config):
 
 
 def _end(pid):
-    """Kill a child and its group -> its exit code."""
+    """Kill a child, if it came to be, and its group -> its exit code."""
+    if not pid:
+        return 0
     for each in (pid, -pid):
         with suppress(ProcessLookupError, PermissionError):  # gone already; macOS says the second of a zombie's group
             os.kill(each, signal.SIGKILL)
