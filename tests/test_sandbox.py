@@ -792,6 +792,8 @@ def test_check(box):
     assert not failed.passed and failed.status == "failed" and failed.detail == "test 1: assert f(2) == 2"
     error = box.check("def f(x): return x[1]", ["assert f([]) == 2"], "f")
     assert (error.status, error.detail) == ("error", "IndexError: list index out of range")
+    own = box.check("def f(x): assert x > 1, 'too small'", ["assert f(1)"], "f")  # the code's assertion, not the test's
+    assert (own.status, own.detail) == ("error", "AssertionError: too small")
     assert box.check("def g(x): pass", "assert f(1)").detail == "NameError: the code does not define f"
     assert box.check("def f(:", "assert f(1)").detail.startswith("SyntaxError")
     ended = box.check("import os\ndef f(x): os._exit(3)", "assert f(1)")
@@ -1072,7 +1074,7 @@ def test_a_fork_that_fails_costs_the_sample_at_work_nothing():
 def test_a_zygote_that_takes_its_time_to_start_is_waited_for(monkeypatch):
     launch = sandbox._Worker.launch
     monkeypatch.setattr(sandbox._Worker, "launch", lambda self, role, *ends: (
-        time.sleep(judge.GRACE + 0.5 if role == "zygote" else 0), launch(self, role, *ends)))
+        time.sleep(judge.GRACE + 2 if role == "zygote" else 0), launch(self, role, *ends)))
     with Sandbox(timeout=30, workers=1) as box:
         assert box.check(*HONEST).passed
 

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import sys
 from contextlib import suppress
 
 from . import walls
@@ -35,7 +34,7 @@ encodings.rot_13 encodings.utf_16 encodings.utf_16_be encodings.utf_16_le encodi
 def main(config, control):
     """Each message of the judge's brings a socket for a child to be forked. Two are kept, one at work and one that is ready:
     for a third the first is ended. The answer is the exit code of the child that was ended, or 0. Ends with the judge."""
-    control, children, sys.argv[:] = socket.socket(fileno=control), [], [""]
+    control, children = socket.socket(fileno=control), []
     config["user"] = 0x70000000 + os.getpid() % (1 << 20)  # above any that systemd gives out
     layers = _namespaces(config["without"])
     config["zygote"] = os.getpid()
