@@ -1052,19 +1052,19 @@ if os.fork() == 0:
     zygote.main({"without": list(walls.LAYERS), "memory_mb": 64, "timeout": 9}, theirs.detach())
 theirs.close()
 children = judge.Children(ours)
-children.next(30)
+children.next()
 children.end()  # the second is at work; the third cannot be forked
-near, file, _ = children.next(30)
+near, file, _ = children.next()
 assert children.code() in (0, -9)  # it goes when its socket is closed, or is killed
 near.sendall(b'["load", [["x = 1"], {}]]'.replace(b'[["x = 1"], {}]', b'{"tuple": [{"tuple": ["x = 1"]}, {"dict": []}]}') + bytes([10]))
 assert file.readline() == b'{"value": null}' + bytes([10])
 children.end()
 try:
-    children.next(30)
+    children.next()
     raise SystemExit("a child that was never forked")
 except EOFError:
     children.end()
-print(children.next(30)[2]["seccomp"])
+print(children.next()[2]["seccomp"])
 """
 
 

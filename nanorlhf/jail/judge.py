@@ -160,7 +160,7 @@ class Children:
         self.control, self.near = control, []
         self.fork()
         self.fork()
-        self.control.recv(2)  # of the two answers one is always left, to be looked at
+        self.control.recv(2)  # waits for the zygote's start; of the two answers one is always left, to be looked at
 
     def fork(self):
         near, far = socket.socketpair()
@@ -168,10 +168,10 @@ class Children:
             socket.send_fds(self.control, [b"n"], [far.fileno()])
         self.near.append(near)
 
-    def next(self, seconds=GRACE):
+    def next(self):
         """(socket, file, layers) of the next child, behind its walls; OSError, EOFError or ValueError if none came to be."""
         near = self.near[0]
-        near.settimeout(seconds)
+        near.settimeout(GRACE)
         file = near.makefile("rb")
         layers = receive(file)
         near.settimeout(None)
@@ -230,7 +230,7 @@ def main(config, trainer, lifeline, control):
     jobs = trainer.makefile("rb")
     try:
         children = Children(control)
-        layers = children.next(60)[2]  # what the first says, the others must say too; the zygote takes its time to start
+        layers = children.next()[2]  # what the first says, the others must say too
         children.end()
         send(trainer, _close(config["without"], layers))
         gc.freeze()
