@@ -40,7 +40,7 @@ class Outcome:
     passed: every test went through (`check`), or a value came back (`evaluate`).
     status: "ok", "failed" (a test's assertion), "error" (an exception in the code or a test, or a value that is none),
         "timeout", "memory", or "crashed" (the code ended its process).
-    seconds: wall time. detail: the failing test or the error, printable, at most 400 characters. value: of `evaluate`.
+    seconds: wall time. detail: the failing test or the error, printable, about 300 characters at most. value: of `evaluate`.
     """
 
     passed: bool
@@ -124,11 +124,11 @@ class _Worker:
         self.start()
 
     def stop(self):
-        """Without the lifeline the judge ends; without its judge the zygote ends its children and then itself."""
+        """Without its judge the zygote ends its children and then itself."""
         for end in (self.file, self.sock, self.lifeline):
             end.close()
         for judge in self.processes[:1]:
-            judge.kill()  # a fork of the trainer may hold the lifeline
+            judge.kill()  # losing the lifeline does not do it where a fork of the trainer holds it too
         for process in self.processes:
             try:
                 process.wait(GRACE)

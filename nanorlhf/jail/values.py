@@ -22,6 +22,7 @@ def encode(value, keep=None):
     room = [MAX_ITEMS]
 
     def form(value, depth):
+        """The JSON of a value at this depth; `room` counts the items of all depths."""
         kind = type(value)
         room[0] -= 1
         if depth > MAX_DEPTH or room[0] < 0:
