@@ -59,9 +59,11 @@ class _Worker:
 
     def start(self):
         """RuntimeError if the processes do not come up, or not with all layers that they came up with before."""
-        (self.sock, jobs), (self.lifeline, life), (orders, control) = (socket.socketpair() for _ in range(3))
-        self.file, self.processes = self.sock.makefile("rb"), []
+        self.ends, self.processes = [], []
         try:
+            (self.sock, jobs), (_, life), (orders, control) = pairs = [socket.socketpair() for _ in range(3)]
+            self.file = self.sock.makefile("rb")
+            self.ends = [self.file, *(end for pair in pairs for end in pair)]
             self.launch("judge", jobs, life, orders)
             self.launch("zygote", control)
             found = self.probe()
@@ -70,7 +72,6 @@ class _Worker:
                     raise RuntimeError(f"the sandbox was started anew, and has lost its layer {name} ({found[name][5:]})")
             self.layers = self.layers or found
         except BaseException as error:
-            control.close()  # no zygote may have it, and the judge is waiting
             self.stop()
             if isinstance(error, (EOFError, OSError)):
                 raise RuntimeError(f"the sandbox can start no process: {error or 'what it said is on stderr'}") from None
@@ -101,31 +102,28 @@ class _Worker:
 
     def run(self, job):
         """What the judge says of a job; twice where no child came to be for it, for then the code did not run."""
-        if not self.processes or self.processes[0].poll() is not None:  # it could not start anew, or was killed while idle
-            self.restart()
         for _ in range(2):
+            if not self.processes or self.processes[0].poll() is not None:  # stopped below, or killed while idle
+                self.stop()
+                self.start()
             begin = time.perf_counter()
             try:
                 self.sock.settimeout(self.config["timeout"] + 2 * GRACE)
                 send(self.sock, job)
                 said = receive(self.file)
-            except (EOFError, OSError, ValueError) as error:  # a test that computes for ever, or ended the judge
+            except (EOFError, OSError, ValueError) as error:  # a test that computes for ever, or ended the judge; or Ctrl-C
                 said = {"status": "timeout" if isinstance(error, TimeoutError) else "crashed", "value": None,
                         "seconds": time.perf_counter() - begin, "detail": "the judge did not answer"}
-                self.restart()
+                self.stop()
             if said["status"] != "broken":
                 return said
-            self.restart()
+            self.stop()
         raise RuntimeError(f"the sandbox can start no process for a sample ({said['detail']}); is the machine out of memory "
                            "or processes?")
 
-    def restart(self):
-        self.stop()
-        self.start()
-
     def stop(self):
         """Without its judge the zygote ends its children and then itself."""
-        for end in (self.file, self.sock, self.lifeline):
+        for end in self.ends:
             end.close()
         for judge in self.processes[:1]:
             judge.kill()  # losing the lifeline does not do it where a fork of the trainer holds it too

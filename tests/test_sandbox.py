@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -1085,7 +1086,7 @@ def test_a_close_does_not_wait_for_a_fork_of_the_trainer(monkeypatch):
     """Such as a loader's worker, which holds what the trainer held: the judge is killed at once, not after its time to end."""
     box, wait = Sandbox(timeout=30, workers=1), subprocess.Popen.wait
     worker, waited = box.workers[0], []
-    held = [os.dup(worker.lifeline.fileno()), os.dup(worker.sock.fileno())]
+    held = [os.dup(end.fileno()) for end in worker.ends if end.fileno() >= 0]
 
     def watched(process, timeout=None):
         try:
@@ -1129,15 +1130,48 @@ def test_a_machine_that_can_start_no_child_is_no_verdict(monkeypatch):
     """The code did not run, so it did not fail: an exception, after one more try."""
     with Sandbox(timeout=30, workers=1) as box:
         worker = box.workers[0]
-        monkeypatch.setattr(worker, "restart", lambda: None)
+        monkeypatch.setattr(worker, "stop", lambda: None)
         worker.processes[1].kill()
         while members({worker.processes[1].pid}):
             time.sleep(0.01)
         with pytest.raises(RuntimeError, match="can start no process"):
             box.check(*HONEST)
         monkeypatch.undo()
-        worker.restart()
+        worker.stop()
         assert box.check(*HONEST).passed
+
+
+def test_no_descriptor_left_for_a_worker_is_said_in_a_line():
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            while True:
+                held.append(os.dup(0))
+        for _ in range(5):  # none left, or one, or two ...
+            with pytest.raises(RuntimeError, match="the sandbox can start no process: .*Too many open files"):
+                Sandbox(workers=1)
+            os.close(held.pop())
+    finally:
+        for number in held:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_an_interrupt_starts_nothing_anew(monkeypatch):
+    """The samples at work are ended; their workers come back with the next job, not before."""
+    with Sandbox(timeout=30, workers=2) as box:
+        starts, start = [], sandbox._Worker.start
+        monkeypatch.setattr(sandbox._Worker, "start", lambda self: (starts.append(1), start(self)))
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            box.check_many([(f"def f(x):\n    while x: pass  # {i}", [TEST], "f") for i in range(4)])
+        signal.signal(signal.SIGALRM, before)
+        time.sleep(1)
+        assert time.monotonic() - begin < 10 and not starts
+        assert box.check(*HONEST).passed and starts
 
 
 TRAINER = """
