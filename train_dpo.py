@@ -63,7 +63,7 @@ PRESETS = {
     "research": {"beta": 0.1, "epochs": 1, "batch_size": 64, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
                  "temperature": 0.7},
     "production": {"beta": 0.1, "lr": 5e-7, "epochs": 1, "batch_size": 128, "micro_batch_size": 8, "max_query": 128, "max_response": 128,
-                   "temperature": 0.7, "precision": "bf16", "save_steps": 100, "patience": 5},
+                   "temperature": 0.7, "precision": "bf16", "save_steps": 100, "patience": 5, "generation_batch_size": 64},
 }
 
 if __name__ == "__main__":

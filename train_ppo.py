@@ -108,7 +108,8 @@ PRESETS = {
                  "missing_eos_penalty": -1.0, "save_steps": 100},
     "production": {"steps": 2000, "batch_size": 512, "minibatch_size": 64, "micro_batch_size": 8, "ppo_epochs": 4, "lr": 5e-6,
                    "kl_coef": 0.15, "kl_target": 6.0, "temperature": 0.7, "max_query": 128, "max_response": 128,
-                   "missing_eos_penalty": -1.0, "target_kl": 0.1, "precision": "bf16", "save_steps": 100, "patience": 10},
+                   "missing_eos_penalty": -1.0, "target_kl": 0.1, "precision": "bf16", "save_steps": 100, "patience": 10,
+                   "generation_batch_size": 64},
 }
 
 if __name__ == "__main__":
@@ -315,7 +316,8 @@ def train(config):
             # 1. Roll out: sample responses, and score their tokens under policy, value head and reference.
             with autocast(device, config.precision):
                 batch = roll_out(actor, reference, tokenizer, [queries[i] for i in rows], config.max_response, config.temperature,
-                                 config.top_k, config.top_p, stream(config.seed, "tokens", step, device), config.micro_batch_size, ops)
+                                 config.top_k, config.top_p, stream(config.seed, "tokens", step, device), config.micro_batch_size, ops,
+                                 config.generation_batch_size)
 
             # 2. Score the responses; a row that a sum of terms cannot score is left out of this step.
             scores = call_reward(getattr(reward, "learn", reward), [r.prompt for r in records], batch.responses,

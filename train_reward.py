@@ -54,7 +54,8 @@ PRESETS = {
     "research": {"model": "microsoft/codebert-base", "epochs": 3, "micro_batch_size": 16, "max_query": 128,
                  "max_response": 128, "pair_rows": 0},
     "production": {"model": "microsoft/codebert-base", "lr": 1e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 32,
-                   "max_query": 128, "max_response": 128, "pair_rows": 0, "samples": 8, "precision": "bf16", "save_steps": 200},
+                   "max_query": 128, "max_response": 128, "pair_rows": 0, "samples": 8, "precision": "bf16", "save_steps": 200,
+                   "generation_batch_size": 64},
 }
 
 SANDBOX = tuple(SandboxOptions.__dataclass_fields__)

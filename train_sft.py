@@ -52,7 +52,8 @@ PRESETS = {
     "research": {"model": "gpt2", "epochs": 5, "batch_size": 32, "micro_batch_size": 16,
                  "label_smoothing": 0.0, "max_query": 128, "max_response": 128},
     "production": {"model": "gpt2-large", "lr": 2e-5, "epochs": 3, "batch_size": 64, "micro_batch_size": 8,
-                   "label_smoothing": 0.0, "max_query": 128, "max_response": 128, "precision": "bf16", "save_steps": 200},
+                   "label_smoothing": 0.0, "max_query": 128, "max_response": 128, "precision": "bf16", "save_steps": 200,
+                   "generation_batch_size": 64},
 }
 
 if __name__ == "__main__":

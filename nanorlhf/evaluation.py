@@ -23,7 +23,7 @@ from nanorlhf.tokenizer import pad
 
 
 @torch.no_grad()
-def answer(model, tokenizer, records, config, temperature, reference=None, seed=0, batch_size=256):
+def answer(model, tokenizer, records, config, temperature, reference=None, seed=0, batch_size=None):
     """Answer each record's prompt once.
 
     Args:
@@ -33,10 +33,11 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
         reference: a GPT2 to measure the KL against: per row the sum over tokens of log pi - log ref, an unbiased estimate
             of KL(policy || reference) where the tokens were sampled at temperature 1.
         seed: of the sampling; the same seed gives the same answers.
+        batch_size: prompts answered at once; None: config.generation_batch_size.
     Returns: a list of dicts with id, prompt, reference, response, length (tokens, EOS included), ended, exact_match (None
         without a reference answer), and kl if a reference model is given.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator, batch_size = torch.Generator(model.device).manual_seed(seed), batch_size or config.generation_batch_size
     queries, cut = encode_queries(tokenizer, [record.prompt for record in records], config.template, config.max_query)
     if cut:
         print(f"cut to length: {cut} queries (--max-query {config.max_query}) of {len(queries)}")

@@ -27,6 +27,7 @@ class TrainOptions(RunOptions):
     resume: bool = option(False, "go on with the interrupted run in --out, from its newest good checkpoint, to the same end; with "
                           "--overwrite too: if its options are these, else replace it")
     allow_config_change: bool = option(False, "resume although options differ from the run's")
+    generation_batch_size: int = option(256, "prompts answered at once; fewer need less memory, and draw other samples", at_least=1)
     save_steps: int = option(100, "write checkpoints/step-N every so many steps; 0: only where a signal ends the run", at_least=0)
     keep_checkpoints: int = option(2, "how many checkpoints/step-N to keep", at_least=1)
 

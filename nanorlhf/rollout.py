@@ -13,6 +13,7 @@ that pad == EOS is harmless.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from nanorlhf.errors import InputError
 from nanorlhf.logprobs import log_softmax
@@ -21,7 +22,8 @@ from nanorlhf.tokenizer import pad
 
 
 @torch.no_grad()
-def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, generator=None):
+def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, generator=None,
+             batch_size=None):
     """Sample a response to each query, with a KV cache; a row stops at its EOS, the batch when every row has stopped.
 
     Args:
@@ -34,6 +36,7 @@ def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=
             either, what is sampled is no longer the policy that the log-probs describe: PPO leaves them off.
         eos_id: the token that ends a response; None never ends one.
         generator: torch.Generator on the model's device; the same one gives the same text.
+        batch_size: rows sampled at once, one such part after the other: the cache is of that many rows. None: all.
     Returns: responses (B, R') int64 with R' <= R the longest response, EOS (or 0) after the end; response_mask (B, R')
         bool, True on sampled tokens, EOS included; logprobs (B, R') float32 of the sampled tokens under the whole
         distribution at the temperature (1 if greedy), 0 where the mask is False.
@@ -48,9 +51,13 @@ def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=
     was_training = model.training
     model.eval()
     try:
-        return _sample(model, queries, query_mask, max_new_tokens, temperature, top_k, top_p, eos_id, generator)
+        parts = [_sample(model, ids, mask, max_new_tokens, temperature, top_k, top_p, eos_id, generator)
+                 for ids, mask in zip(queries.split(batch_size or len(queries)), query_mask.split(batch_size or len(queries)))]
     finally:
         model.train(was_training)
+    longest = max(responses.shape[1] for responses, _, _ in parts)
+    return tuple(torch.cat([F.pad(part, (0, longest - part.shape[1]), value=after) for part in column])
+                 for column, after in zip(zip(*parts), (eos_id or 0, False, 0.0)))
 
 
 def _sample(model, queries, query_mask, max_new_tokens, temperature, top_k, top_p, eos_id, generator):
@@ -163,7 +170,7 @@ def score_in_parts(model, query_response, attention_mask, response_length, tempe
 
 @torch.no_grad()
 def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
-             micro_batch_size=128, ops=TORCH):
+             micro_batch_size=128, ops=TORCH, generation_batch_size=None):
     """Sample responses and score them with policy, value head and reference under the same padding.
 
     The policy's log-probs come from a scoring forward, not from the sampling loop: it is the computation that the update
@@ -174,12 +181,13 @@ def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1
         reference: a GPT2 that does not change.
         queries: list of B lists of token ids.
         micro_batch_size: rows of a scoring forward. ops: as for `score_tokens`.
+        generation_batch_size: `batch_size` of `generate`.
     Returns: a Rollout on the actor's device.
     """
     device = next(actor.parameters()).device
     query_ids, query_mask = (x.to(device) for x in pad(queries, tokenizer.pad_id, "left"))  # (B, Q) each
     response_ids, response_mask, _ = generate(actor.policy, query_ids, query_mask, max_new_tokens, temperature, top_k, top_p,
-                                              tokenizer.eos_id, generator)
+                                              tokenizer.eos_id, generator, generation_batch_size)
     query_response = torch.cat([query_ids, response_ids], 1)  # (B, T)
     attention_mask = torch.cat([query_mask.bool(), response_mask], 1)
     scored = (query_response, attention_mask, response_ids.shape[1], temperature or 1.0, micro_batch_size, ops)

@@ -109,6 +109,8 @@ def memory_advice(config):
     if getattr(config, "micro_batch_size", 1) > 1:
         advice.append(f"--micro-batch-size {max(1, config.micro_batch_size // 4)} (now {config.micro_batch_size}; "
                       "the same update, but for dropout's draws)")
+    if getattr(config, "generation_batch_size", 1) > 1:
+        advice.append(f"--generation-batch-size {max(1, config.generation_batch_size // 4)} (now {config.generation_batch_size})")
     if getattr(config, "precision", "bf16") == "fp32":
         advice.append("--precision bf16")
     advice += [f"--{name.replace('_', '-')} below {getattr(config, name)}" for name in ("max_response", "max_query", "batch_size")

@@ -446,5 +446,5 @@ def test_out_of_memory_names_the_flags_to_lower_in_order(monkeypatch, capsys, er
         main(body, parse(train_ppo.Config, train_ppo.PRESETS, []))
     shown = capsys.readouterr().err
     assert exit.value.code == 1 and shown.count("\n") == 1
-    places = [shown.index(flag) for flag in ("--micro-batch-size 8", "--precision bf16", "--max-response below 32", "--batch-size below")]
+    places = [shown.index(flag) for flag in ("--micro-batch-size 8", "--generation-batch-size 64", "--precision bf16", "--max-response below 32", "--batch-size below")]
     assert places == sorted(places)

@@ -558,7 +558,7 @@ def test_samples_are_the_different_answers_of_the_policy(home):
     config = parse(feedback.Config, argv=f"{RATED} {SAMPLED} --samples 3 --seed 2 --temperature 0.2".split())
     records = load_splits("prompts.jsonl").validation
     policy, tokenizer = GPT2.from_pretrained("./policy"), Tokenizer.from_pretrained("./policy")
-    answers = [answer(policy, tokenizer, records, config, 0.2, seed=seed) for seed in (2000, 2001, 2002)]
+    answers = [answer(policy, tokenizer, records, config, 0.2, seed=seed, batch_size=64) for seed in (2000, 2001, 2002)]
     wanted = [list(dict.fromkeys(row["response"] for row in rows)) for rows in zip(*answers)]
     assert feedback.sample(config, records, torch.device("cpu")) == wanted
 

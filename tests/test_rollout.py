@@ -235,6 +235,25 @@ def test_pad_equal_to_eos_is_harmless():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+def test_generation_in_parts():
+    """Four rows, one at a time: one generator draws for the first, then for the second ...; a shorter response is filled up with EOS,
+    no mask and log-prob 0. The cache is never of more rows than a part. Greedy, it is what one batch gives."""
+    model, sizes, draws = tiny(), [], seeded(5)
+    ids, mask = pad([[3], [4, 5], [7] * 6, [8, 2]], EOS, "left")
+    alone = [generate(model, ids[i:i + 1], mask[i:i + 1], 12, eos_id=EOS, generator=draws) for i in range(4)]
+    assert len({responses.shape[1] for responses, _, _ in alone}) > 1, "one should be shorter"
+    new_cache = model.new_cache
+    model.new_cache = lambda batch, length: (sizes.append(batch), new_cache(batch, length))[1]
+    together = generate(model, ids, mask, 12, eos_id=EOS, generator=seeded(5), batch_size=1)
+    assert sizes == [1] * 4
+    for found, parts, after in zip(together, zip(*alone), (EOS, False, 0.0)):
+        for row, (part,) in zip(found, parts):
+            assert torch.equal(row[:len(part)], part) and (row[len(part):] == after).all()
+    for size in (1, 3, 4, 9):
+        for found, whole in zip(generate(model, ids, mask, 12, 0, eos_id=EOS, batch_size=size), generate(model, ids, mask, 12, 0, eos_id=EOS)):
+            torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("mask", [[[1, 1, 0], [1, 1, 1]], [[0, 0, 0], [0, 1, 1]]], ids=["right padding", "empty query"])
 def test_right_padding_and_empty_queries_are_refused(mask):
     ids = torch.ones(2, 3, dtype=torch.int64)

@@ -338,6 +338,16 @@ def test_sft_micro_batches(home):
     assert same_losses(whole, micro) and gap(weights(whole), weights(micro)) < 1e-4
 
 
+@pytest.mark.parametrize("script, flags", [("train_sft", SFT), ("train_reward", REWARD), ("train_ppo", PPO), ("train_dpo", DPO)])
+def test_no_more_prompts_are_answered_at_once_than_said(home, monkeypatch, script, flags):
+    """By the rows of every KV cache: rollouts, pairs and evaluations. (--micro-batch-size never bounded them.)"""
+    sizes, new_cache = [], GPT2.new_cache
+    monkeypatch.setattr(GPT2, "new_cache", lambda self, batch, length: (sizes.append(batch), new_cache(self, batch, length))[1])
+    out = home / "runs" / f"{script}-in-parts"
+    assert launch(script, "--data", str(home / "data.jsonl"), "--out", str(out), *TEXT, *flags, "--generation-batch-size", "3") == 0
+    assert max(sizes) == 3
+
+
 def test_reward_micro_batches(home):
     out = home / "runs" / "reward-micro"
     assert launch("train_reward", "--config", str(home / "runs" / "reward" / "config.toml"), "--out", str(out),
