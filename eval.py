@@ -11,6 +11,7 @@ numbers in the results and below the table.
     python eval.py --model runs/sft runs/ppo runs/dpo
     python eval.py --model runs/ppo --split all --temperature 0.8 --samples 10
     python eval.py --preset conala --model runs/conala/ppo --every-checkpoint --encoder microsoft/codebert-base
+    python eval.py --data conala --predictions answers.jsonl             # answers made elsewhere: rows of id (or prompt) and response
 """
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError
 from nanorlhf.options import DataOptions, RunOptions, SandboxOptions
 
+OF_MODELS = ("every_checkpoint", "temperature", "top_k", "top_p", "samples", "batch_size", "template", "max_query", "max_response")
 DEFAULT_TARGETS = ["bertscore=0.7", "codebleu=0.6", "bleu=0.4", "rougeL=0.5", "ruby=0.3"]
 
 
@@ -25,6 +27,8 @@ DEFAULT_TARGETS = ["bertscore=0.7", "codebleu=0.6", "bleu=0.4", "rougeL=0.5", "r
 class Config(SandboxOptions, DataOptions, RunOptions):
     out: str = option("runs/eval", "folder for results.json, predictions.jsonl and plots/", group="Run", metavar="FOLDER")
     model: list[str] = option([], "policies: run folders, model folders or names", group="Evaluation", metavar="FOLDER")
+    predictions: list[str] = option([], "answers made elsewhere: files of rows with id (or prompt) and response, evaluated after the "
+                                    "policies; several rows a prompt are samples, for pass@k", metavar="FILE")
     every_checkpoint: bool = option(False, "evaluate a run folder's checkpoints/step-N too, in order")
     split: str = option("test", "which rows to answer; all: every held-out split", choices=("validation", "test", "all"))
     rows: int = option(0, "answer only the first so many rows of a split; 0: all", at_least=0)
@@ -39,8 +43,10 @@ class Config(SandboxOptions, DataOptions, RunOptions):
 
     def check(self):
         super().check()
-        if not self.model:
-            raise InputError("--model: name at least one policy, such as --model runs/ppo")
+        if not self.model + self.predictions:
+            raise InputError("--model: name at least one policy, such as --model runs/ppo, or answers with --predictions")
+        if not self.model and (idle := asked(self, *OF_MODELS)):
+            raise InputError(f"{idle}: for policies that answer, but there are only --predictions: leave out, or add --model")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise InputError("--top-k and --top-p are for sampling: give --temperature above 0 too, or leave them out")
         if self.temperature == 0 and self.samples > 1:
@@ -61,11 +67,11 @@ from pathlib import Path
 
 from nanorlhf import plots
 from nanorlhf.checkpoint import step_folders
-from nanorlhf.data import open_data
+from nanorlhf.data import open_data, read_rows
 from nanorlhf.encoder import Encoder
 from nanorlhf.evaluation import add_execution, add_rewards, answer, mean, open_sandbox, write_answers
 from nanorlhf.gpt2 import GPT2
-from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate, pass_at_k
+from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate, exact_match, pass_at_k
 from nanorlhf.metrics.bootstrap import corpus_bootstrap, paired_corpus_bootstrap
 from nanorlhf.metrics.counted import COUNTED
 from nanorlhf.metrics.honesty import assess
@@ -92,6 +98,34 @@ def policies(config):
             found += steps
         found.append(name)
     return list(dict.fromkeys(str(name) for name in found))
+
+
+def read_predictions(path, split, records):
+    """Answers made elsewhere to these records: a list of samples, each a list of rows as `answer` makes them, without what only the
+    policy knows. InputError for a row without response, a prompt without answer, and prompts with more answers than others."""
+    found, models = {}, set()
+    for where, row in read_rows(Path(path)):
+        if isinstance(row, InputError):
+            raise row
+        key = row.get("id", row.get("prompt")) if isinstance(row, dict) else None
+        if key is None or not isinstance(row.get("response"), str):
+            raise InputError(f"{where}: an answer needs id (or prompt) and response, as in eval.py's own predictions.jsonl")
+        if row.get("split", split) == split:
+            found.setdefault(str(key), []).append(row["response"])
+            models.add(str(row.get("model", path)))
+    if len(models) > 1:
+        raise InputError(f"--predictions {path}: answers of {len(models)} models ({', '.join(sorted(models))}): make a file of each")
+    answers = [found.get(record.id) or found.get(record.prompt) or [] for record in records]
+    counts = sorted(map(len, answers))
+    if not counts[0]:
+        raise InputError(f"--predictions {path}: no answer to {answers.count([])} of {len(records)} prompts of {split}, such as that with "
+                         f"id {records[answers.index([])].id}: add them, or evaluate fewer --rows")
+    if counts[0] < counts[-1]:
+        raise InputError(f"--predictions {path}: {counts[0]} to {counts[-1]} answers a prompt: give each prompt as many")
+    print(f"{path}: answers to {len(records)} prompts of {split}, {counts[0]} each; the file has those of {len(found)}")
+    return [[{"id": record.id, "prompt": record.prompt, "reference": record.reference, "response": response, "exact_match":
+              None if record.reference is None else float(exact_match(response, record.reference))}
+             for record, response in zip(records, sample)] for sample in zip(*answers)]
 
 
 def read_targets(words):
@@ -219,7 +253,7 @@ def draw(config, folder, names, results, targets):
         print("evaluation_metrics_by_epoch.png: not drawn, the logs hold none of the metrics that have targets")
     drawn = [plots.plot_by_epoch(curves, axis, folder / "evaluation_metrics_by_epoch.png", targets),
              plots.plot_all_by_epoch(curves, axis, folder / "all_evaluation_metrics_by_epoch.png"),
-             plots.plot_targets({name: results[name] for name in config.model}, folder / "target_achievement.png", targets)]
+             plots.plot_targets({name: results[name] for name in config.model + config.predictions}, folder / "target_achievement.png", targets)]
     runs = [Path(name) for name in config.model if (Path(name) / "metrics.jsonl").is_file()]
     rewards = [run.parent / "reward" for run in runs if (run.parent / "reward" / "metrics.jsonl").is_file()]
     tuned = [run for run in runs if any({"objective/kl", "rewards/margin"} & row.keys() for row in plots.read_log(run / "metrics.jsonl"))]
@@ -241,35 +275,36 @@ def run_evaluation(config):
     held_out = {"validation": splits.validation} if config.split == "validation" else {"test": splits.test}
     if config.split == "all":
         held_out = {"validation": splits.validation, "test": splits.test, **splits.extra}
-    names = policies(config)
+    held_out = {split: records[:config.rows or None] for split, records in held_out.items()}
+    given = {(path, split): read_predictions(path, split, records) for path in config.predictions for split, records in held_out.items()}
     box = open_sandbox(config, splits, needs_execution(config.reward))
     execution = box and ExecutionReward(box, sum(splits.named().values(), []))
     reward = load_reward(config.reward, "mean", device, execution) if config.reward else None
     if box is None and asked(config, "samples"):
         raise InputError(f"--samples {config.samples}: pass@k needs rows with checks, as nano has, and a sandbox to run answers in: leave it out")
     encoder = (Encoder.from_pretrained(config.encoder).to(device), Tokenizer.from_pretrained(config.encoder)) if config.encoder else None
-    models = {name: (GPT2.from_pretrained(name).to(device), Tokenizer.from_pretrained(name)) for name in names}
+    models = {name: (GPT2.from_pretrained(name).to(device), Tokenizer.from_pretrained(name)) for name in policies(config)}
     for name, (model, tokenizer) in models.items():
         model.check_length(config.max_query + config.max_response)
         tokenizer.check_fits(model.config.vocab_size, name)
 
     run = Run(config)
-    results = {}
+    names, results = [*models, *config.predictions], {}
     for split, records in held_out.items():
-        records = records[:config.rows or None]
-        answers, counted, numbers, findings = {}, {}, {}, {}
-        for name, (model, tokenizer) in models.items():
-            rows = answers[name] = answer(model, tokenizer, records, config, config.temperature, seed=config.seed * config.samples,
-                                          batch_size=config.batch_size)
+        counted, numbers, findings = {}, {}, {}
+        for name in names:
+            samples = given[name, split] if name not in models else [
+                answer(*models[name], records, config, config.temperature, seed=config.seed * config.samples + i, batch_size=config.batch_size)
+                for i in range(config.samples)]
+            rows = samples[0]
             if reward is not None:
                 add_rewards(rows, reward)
             if encoder is not None:
                 add_bertscores(rows, *encoder)
-            more = [answer(model, tokenizer, records, config, config.temperature, seed=config.seed * config.samples + i, batch_size=config.batch_size)
-                    for i in range(1, config.samples)]
-            add_passes([rows, *more], records, box)
-            for some in (rows, *more):
-                write_answers(run.folder, split, "greedy" if config.temperature == 0 else "sampled", name, some, "predictions.jsonl")
+            add_passes(samples, records, box)
+            mode = "given" if name not in models else "greedy" if config.temperature == 0 else "sampled"
+            for some in samples:
+                write_answers(run.folder, split, mode, name, some, "predictions.jsonl")
             counted[name] = counts(rows)
             numbers[name] = score(rows, counted[name])
             known = [row for row in rows if row["reference"] is not None]

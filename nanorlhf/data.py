@@ -235,8 +235,8 @@ def _header(cells, where):
     return names
 
 
-def _rows(path):
-    """The reader for a file's suffix, after the checks that need no reading."""
+def read_rows(path):
+    """(where, row) of each row of a file, by the reader for its suffix; instead of a row the InputError that it is."""
     if os.path.isdir(path):
         raise InputError(f"{path}: is a folder where a file was expected; name a {', '.join(SUFFIXES)} file inside it")
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows}
@@ -426,7 +426,7 @@ def _read(path, data_format="auto", min_probability=0.0, skip_bad_rows=False):
     if not 0 <= min_probability <= 1:
         raise InputError(f"--min-probability {min_probability}: must lie between 0 and 1")
     records, bad, seen, below = [], [], {}, 0
-    for where, row in _rows(path):
+    for where, row in read_rows(path):
         if kind == "auto" and not isinstance(row, InputError):
             kind = _recognise(row, where)
         try:

@@ -99,6 +99,7 @@ class Evil:
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 548105171\n"
 HTML = "<!DOCTYPE html>\n<html><body>Sign in to continue</body></html>\n"
 WTE = "transformer__wte__weight"
+ANSWERS = [{"prompt": f"add {n} to xs", "response": "xs"} for n in range(30)]
 ENTRY = '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'  # a header of one tensor
 
 
@@ -468,6 +469,17 @@ bad("another template than the sampled run's", {}, "train_reward --data data.jso
 bad("another template than the evaluated run's", {}, "eval --model other-run", "other-run was made with template",
     "ask for the same")
 bad("no policy to evaluate", {}, "eval --model", "--model: name at least one policy")
+bad("a temperature for answers that are there", {"answers.jsonl": ANSWERS}, "eval --model --predictions answers.jsonl --temperature 1",
+    "for policies that answer, but there are only --predictions", "leave out, or add --model")
+bad("answers without a response", {"answers.jsonl": [*ANSWERS, {"id": "2", "answer": "x"}]}, "eval --predictions answers.jsonl",
+    "answers.jsonl:31: an answer needs id (or prompt) and response")
+bad("an answers file that is no JSON", {"answers.jsonl": "[1, 2\n"}, "eval --predictions answers.jsonl", "answers.jsonl:1")
+bad("prompts without an answer", {"answers.jsonl": ANSWERS[:2]}, "eval --predictions answers.jsonl",
+    "answers.jsonl: no answer to 3 of 3 prompts of test, such as", "add them, or evaluate fewer --rows")
+bad("more answers to one prompt than to another", {"answers.jsonl": ANSWERS + ANSWERS[:15]}, "eval --predictions answers.jsonl",
+    "answers.jsonl: 1 to 2 answers a prompt", "give each prompt as many")
+bad("answers of two models in one file", {"answers.jsonl": [{**row, "model": name} for row in ANSWERS for name in "ab"]},
+    "eval --predictions answers.jsonl", "answers.jsonl: answers of 2 models (a, b)", "make a file of each")
 
 section("The run folder and the machine")
 bad("a file for --out", {}, f"{ALL} --out data.jsonl", "--out data.jsonl: is a file, not a folder", "name another")

@@ -657,6 +657,35 @@ def test_eval_runs_the_code(home, checked, tmp_path):
     assert any(rows[i]["response"] != rows[i + 6]["response"] for i in range(6)), "samples of other seeds"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
+def test_eval_of_answers_made_elsewhere(home, checked, tmp_path, monkeypatch):
+    """What eval.py wrote down, given back to it, has the numbers that it had (but for lengths, which only the policy knows), three
+    samples of two splits; and the references, by prompt, from a CSV, beside them, pass. No model is needed."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", checked, "--rows", "5", "--split", "all"]
+
+    def results(*more):
+        main(evaluation_script.run_evaluation, parse(evaluation_script.Config, argv=[*words, *more], prog="eval.py"))
+        return json.loads((tmp_path / more[-1] / "results.json").read_text())["results"]
+
+    made = results("--model", str(home / "runs" / "sft"), *TEXT, "--temperature", "1.0", "--samples", "3", "--out", "made")
+    rows = [json.loads(line) for line in (tmp_path / "made" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 30 and set(made) == {"validation", "test"}
+    lines = ["prompt,response"] + list(dict.fromkeys(f"{row['prompt']},{row['reference']}" for row in rows))
+    (tmp_path / "right.csv").write_text("\n".join(lines))
+    given = results("--predictions", "made/predictions.jsonl", "right.csv", "--out", "given")
+    for split in made:
+        (before,), (after, right) = made[split]["metrics"].values(), given[split]["metrics"].values()
+        for numbers in (before, before["intervals"]):
+            for name in ("length", "ended"):
+                del numbers[name]
+        assert before.items() <= {**after, "reasons": before["reasons"]}.items() and before["intervals"] == after["intervals"]
+        assert right["execution_accuracy"] == right["exact_match"] == 1 and "pass@1" not in right and before["pass@2"] == after["pass@2"]
+    again = [json.loads(line) for line in (tmp_path / "given" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in again if row["model"] == "made/predictions.jsonl"] == [row["response"] for row in rows]
+    assert {row["mode"] for row in again} == {"given"}
+
+
 def test_pass_at_k_by_hand(monkeypatch):
     """Five samples, two pass: pass@1 = 2/5, pass@2 = 1 - C(3,2)/C(5,2) = .7, pass@5 = 1. Without checks there is none."""
     verdicts = iter([1.0, None] + [0.0, None] * 3 + [1.0, None])
