@@ -92,9 +92,21 @@ def check_same(folder, wanted):
 
 
 def check_policy(folder, config, *names):
-    """InputError unless the run that made this policy, if it was one of ours, had the template (and other options) of `config`."""
-    if os.path.isfile(Path(folder) / "config.toml"):
-        check_same(folder, {name: getattr(config, name) for name in ("template", *names)})
+    """InputError unless the run that made this policy, if it was one of ours, had the template (and other options) of `config`; and, on
+    the same data, its split, unless --allow-overlap: held-out rows must not be those that it was trained on."""
+    from nanorlhf.run import read_config  # imports torch, which --help does without
+    run = run_of(Path(folder))
+    if run is None:
+        return
+    if os.path.abspath(read_config(run).get("data", "")) == os.path.abspath(config.data) and not config.allow_overlap:
+        names += "validation", "test", "split_seed"
+    check_same(run, {name: getattr(config, name) for name in ("template", *names)})
+
+
+def run_of(folder):
+    """The run that a folder is, or is a model of: runs/ppo of runs/ppo, runs/ppo/final and runs/ppo/checkpoints/step-10; else None."""
+    above = folder.parent if folder.name in ("final", "best") else folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return above if (above / "config.toml").is_file() else None
 
 
 # ---- The whole job on several seeds, as a report

@@ -295,10 +295,14 @@ class Run:
         if self.claim is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.claim = claim(self.folder)
-        once = {name: False for name in ("overwrite", "resume", "allow_config_change") if hasattr(config, name)}
-        configuration.save(configuration.replace(config, **once), self.folder / "config.toml")  # a later --config must not replay them
+        if resumed is None:
+            self._save_config()
         self.started, self.earlier = time.perf_counter(), 0.0
         self.best_score, self.best_step, self.misses = -float("inf"), 0, 0
+
+    def _save_config(self):
+        once = {name: False for name in ("overwrite", "resume", "allow_config_change") if hasattr(self.config, name)}
+        configuration.save(configuration.replace(self.config, **once), self.folder / "config.toml")  # a later --config must not replay them
 
     def close(self):
         """Let go of the folder."""
@@ -351,15 +355,18 @@ class Run:
         """(the step to go on after, the numbers given to `end_step` there): (0, {}) for a new run.
 
         Restores optimiser, random generators, the best score and the logs' lengths. The model is the script's to load, from
-        `resumed`.
+        `resumed`. InputError where changed options leave no step to go on with: what best/ holds may be of a later one.
         """
         self.check_space(optimizer, copies=3 if self.resumed else 5)  # a checkpoint: weights and two moments; best; final
+        numbers = checkpoint.load_state(self.resumed, optimizer) if self.resumed else None
+        if self.changed and numbers["step"] >= total_steps:
+            raise InputError(f"--resume: {self.resumed} is at step {numbers['step']}, and these options ask for {total_steps}: ask for more, "
+                             "or start anew with --overwrite")
         partial = self.folder / ".progress.json.partial"
         partial.write_text(json.dumps({"total_steps": total_steps}) + "\n")
         os.replace(partial, self.folder / "progress.json")
-        if self.resumed is None:
+        if numbers is None:
             return 0, {}
-        numbers = checkpoint.load_state(self.resumed, optimizer)
         for name, length in numbers["logged"].items():
             with open(self.folder / name, "ab") as file:
                 if file.tell() < length:
@@ -371,6 +378,7 @@ class Run:
         self.earlier = numbers["seconds"]
         if self.changed:  # the replay will not be the same: best/ may be of a later step, and is decided anew
             self.best_score, self.misses = -float("inf"), 0
+        self._save_config()
         return numbers["step"], numbers["extra"]
 
     def end_step(self, step, write, optimizer, **extra):

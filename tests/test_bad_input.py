@@ -99,6 +99,7 @@ class Evil:
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 548105171\n"
 HTML = "<!DOCTYPE html>\n<html><body>Sign in to continue</body></html>\n"
 WTE = "transformer__wte__weight"
+SPLIT_7 = 'template = "{prompt}\\n"\ndata = "./data.jsonl"\nvalidation = 0.1\ntest = 0.1\nsplit_seed = 7\n'
 ANSWERS = [{"prompt": f"add {n} to xs", "response": "xs"} for n in range(30)]
 ENTRY = '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'  # a header of one tensor
 
@@ -468,6 +469,11 @@ bad("another template than the sampled run's", {}, "train_reward --data data.jso
     "other-run was made with template", "ask for the same")
 bad("another template than the evaluated run's", {}, "eval --model other-run", "other-run was made with template",
     "ask for the same")
+bad("the same by the folder of its model", {}, "eval --model other-run/final", "other-run was made with template", "ask for the same")
+bad("held-out rows that a policy was trained on", {"run/config.toml": SPLIT_7}, "eval --model run/final",
+    "run was made with split_seed = 7, this run asks for 0", "ask for the same")
+bad("the same for a policy to start from", {"run/config.toml": SPLIT_7}, "train_ppo train_reward --data data.jsonl --policy run",
+    "run was made with split_seed = 7", "ask for the same")
 bad("no policy to evaluate", {}, "eval --model", "--model: name at least one policy")
 bad("a temperature for answers that are there", {"answers.jsonl": ANSWERS}, "eval --model --predictions answers.jsonl --temperature 1",
     "for policies that answer, but there are only --predictions", "leave out, or add --model")

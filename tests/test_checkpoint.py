@@ -302,6 +302,18 @@ def test_changed_options_are_named_and_must_be_allowed(home, tmp_path, capsys):
     assert "lr = 0.02" in (out / "config.toml").read_text()
 
 
+def test_a_run_cannot_be_made_shorter_than_it_is(home, tmp_path, capsys):
+    """It used to end at once, with a best/ of a later step as final/, and an infinite best score. Nothing is touched."""
+    out = tmp_path / "sft"
+    interrupted(home, "sft", out, 6)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert launch(home, "sft", out, "--resume", "--epochs", "1", "--allow-config-change") == 2
+    assert "step-6 is at step 6, and these options ask for 5: ask for more" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert launch(home, "sft", out, "--resume") == 0
+    assert equal(tensors(home / "runs" / "sft" / "final"), tensors(out / "final"))
+
+
 def test_resume_and_overwrite_together(home, tmp_path, capsys):
     """The same options: gone on with. Others: replaced. So a stage's command can be repeated as it is."""
     out = tmp_path / "sft"
