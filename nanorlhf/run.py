@@ -360,6 +360,7 @@ class Run:
         self.check_space(optimizer, copies=3 if self.resumed else 5)  # a checkpoint: weights and two moments; best; final
         numbers = checkpoint.load_state(self.resumed, optimizer) if self.resumed else None
         if self.changed and numbers["step"] >= total_steps:
+            self.close()
             raise InputError(f"--resume: {self.resumed} is at step {numbers['step']}, and these options ask for {total_steps}: ask for more, "
                              "or start anew with --overwrite")
         partial = self.folder / ".progress.json.partial"
@@ -370,6 +371,7 @@ class Run:
         for name, length in numbers["logged"].items():
             with open(self.folder / name, "ab") as file:
                 if file.tell() < length:
+                    self.close()
                     raise InputError(f"{self.folder / name} is shorter than at {self.resumed}: it was changed since; put it back, or start "
                                      "anew with --overwrite")
                 file.truncate(length)
