@@ -118,8 +118,9 @@ def read_predictions(path, split, records):
     answers = [found.get(record.id) or found.get(record.prompt) or [] for record in records]
     counts = sorted(map(len, answers))
     if not counts[0]:
-        raise InputError(f"--predictions {path}: no answer to {answers.count([])} of {len(records)} prompts of {split}, such as that with "
-                         f"id {records[answers.index([])].id}: add them, or evaluate fewer --rows")
+        first = records[answers.index([])]
+        raise InputError(f"--predictions {path}: no answer to {answers.count([])} of {len(records)} prompts of {split}, such as "
+                         f"{first.id or first.prompt[:60]!r}: add them, or evaluate fewer --rows")
     if counts[0] < counts[-1]:
         raise InputError(f"--predictions {path}: {counts[0]} to {counts[-1]} answers a prompt: give each prompt as many")
     print(f"{path}: answers to {len(records)} prompts of {split}, {counts[0]} each; the file has those of {len(found)}")

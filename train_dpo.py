@@ -19,7 +19,7 @@ from nanorlhf.options import DataOptions, KernelOptions, SandboxOptions, TrainOp
 @dataclass
 class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     out: str = option("runs/dpo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
-    model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
+    model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: its preset's, or random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
     policy: str = option("", "SFT policy to start from, and the reference; empty: the SFT stage, made if missing",
                          metavar="FOLDER_OR_NAME")
@@ -163,7 +163,7 @@ def train(config):
     if splits.train[0].chosen is None and splits.train[0].reference is None:
         raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from; "
                          "give one of them")
-    if splits.train[0].chosen is not None and reward is None and (idle := asked(config, "temperature")):
+    if splits.train[0].chosen is not None and reward is None and (idle := asked(config, "temperature", "eval_rows")):
         raise InputError(f"{idle}: for answers that a reward scores, but --data {config.data} brings its own pairs and there is no "
                          "--reward: leave out, or give one")
     if config.policy:
@@ -203,7 +203,7 @@ def train(config):
         numbers = validate(policy, tokenizer, held_out, held_out_ref_logps, config, ops)
         if reward is not None:
             records = splits.validation[:config.eval_rows]
-            rows = answer(policy, tokenizer, records, config, config.temperature, reference, seed=config.seed)
+            rows = answer(policy, tokenizer, records, config, config.temperature, reference, seed=config.seed, ops=ops)
             numbers |= {"temperature": config.temperature, **known(summary(add_execution(add_rewards(rows, reward), records, box)))}
             run.samples(step, rows[:5])
         run.log(step, numbers)
@@ -235,7 +235,7 @@ def train(config):
             run.end_step(step, save, optimizer)
 
     policy.load_state_dict(GPT2.from_pretrained(run.folder / "best").state_dict())
-    results = {} if reward is None else report(run.folder, {"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference, box)
+    results = {} if reward is None else report(run.folder, {"SFT": reference, "DPO": policy}, tokenizer, splits, config, reward, reference, box, ops)
     results["validation"] = validate(policy, tokenizer, held_out, held_out_ref_logps, config, ops)
     run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage)
     plot_dpo(run.folder)

@@ -9,8 +9,8 @@ Each step, with the numbers of the algorithm box in the README:
     5  some epochs of minibatches on the clipped policy loss and the clipped value loss
     6  steer kl_coef; log, evaluate, save
 
-Deviations from lm-human-preferences, by default: kl_coef stays fixed (--kl-target steers it), temperature 1, 2 epochs, advantages
-whitened once a batch rather than once a minibatch, gradients clipped, responses end at EOS and a missing one costs nothing
+Deviations from lm-human-preferences, by default: kl_coef stays fixed (--kl-target steers it), temperature 1, 2 epochs, rewards not
+whitened (--whiten-rewards), advantages whitened once a batch rather than once a minibatch, gradients clipped, responses end at EOS and a missing one costs nothing
 (--missing-eos-penalty), and the model kept is the best by validation reward. As there, policy and value head share a transformer.
 Stages that are missing are made first: SFT in `sft` and the reward model in `reward`, beside --out.
 
@@ -27,7 +27,7 @@ from nanorlhf.options import DataOptions, KernelOptions, SandboxOptions, TrainOp
 @dataclass
 class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     out: str = option("runs/ppo", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
-    model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: random weights", group="Model",
+    model: str = option("", "pretrained GPT-2 that the SFT stage starts from, such as gpt2; empty: its preset's, or random weights", group="Model",
                         metavar="FOLDER_OR_NAME")
     policy: str = option("", "SFT policy to start from, and the reference; empty: the SFT stage, made if missing",
                          metavar="FOLDER_OR_NAME")
@@ -64,6 +64,7 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     vf_coef: float = option(0.1, "weight of the value loss", at_least=0)
     entropy_coef: float = option(0.0, "weight of an entropy bonus", at_least=0)
     target_kl: float | None = option(None, "end a step's epochs once an epoch's mean approx_kl exceeds this", above=0)
+    whiten_rewards: bool = option(False, "scale the KL-shaped rewards to variance 1 over the batch; their mean stays")
     whiten_advantages: bool = option(True, "scale advantages to mean 0 and variance 1 over the batch")
     bootstrap_truncated: bool = option(False, "take a response cut before EOS to be worth its last value, not 0, thereafter")
     eval_every: int = option(5, "evaluate on validation prompts every so many steps", group="Evaluation", at_least=1)
@@ -295,7 +296,7 @@ def train(config):
 
     def evaluate(step):
         records = splits.validation[:config.eval_rows]
-        rows = answer(actor.policy, tokenizer, records, config, config.temperature, reference, seed=config.seed)
+        rows = answer(actor.policy, tokenizer, records, config, config.temperature, reference, seed=config.seed, ops=ops)
         if config.normalise_terms and step == 0:
             reward.start(*([row[name] for row in rows] for name in ("prompt", "response", "reference")))
         numbers = summary(add_execution(add_rewards(rows, reward), records, box))
@@ -326,7 +327,8 @@ def train(config):
             scored = torch.nonzero(~scores.isnan()).flatten()
             left_out = len(scores) - len(scored)
             if not len(scored):
-                raise RunFailed(f"step {step}: the reward is NaN for all {left_out} responses: which term, the last line of metrics.jsonl says")
+                failed = ", ".join(name for name, values in term_values(reward).items() if values.isnan().any())
+                raise RunFailed(f"step {step}: the reward is NaN for all {left_out} responses; terms that failed: {failed}")
             sampled = {**rollout_numbers(batch), "response/distinct": distinct_n(batch.responses), "response/left_out": left_out}
             if left_out:
                 batch, scores, records = batch.select(scored), scores[scored], [records[i] for i in scored.tolist()]
@@ -336,6 +338,9 @@ def train(config):
             # 3. KL-shaped rewards.
             kl = kl_estimate(batch.logprobs, batch.ref_logprobs, config.kl_estimator)  # (B, R)
             rewards = shape_rewards(scores, kl, mask, controller.value)
+            summed = rewards.sum(1).mean().item()
+            if config.whiten_rewards:
+                rewards = whiten(rewards, mask, center=False)
 
             # 4. Advantages and returns.
             last_values = torch.where(batch.ended, 0, batch.last_values) if config.bootstrap_truncated else None
@@ -351,7 +356,7 @@ def train(config):
             # 6. KL controller, log, evaluate, save.
             log(step, {
                 "objective/score": scores.mean().item(), "objective/score_std": scores.std(unbiased=False).item(),
-                "objective/rewards": rewards.sum(1).mean().item(), "objective/kl_coef": controller.value,
+                "objective/rewards": summed, "objective/kl_coef": controller.value,
                 **reward_numbers(reward), **sampled, **stats,
                 "value/explained_variance": explained_variance(batch.values, returns, mask),
                 "lr": rate, "time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out})
@@ -367,7 +372,7 @@ def train(config):
                 break
 
     actor = PolicyWithValue.from_pretrained(run.folder / "best").to(device)
-    results = report(run.folder, {"SFT": reference, "PPO": actor.policy}, tokenizer, splits, config, reward, reference, box)
+    results = report(run.folder, {"SFT": reference, "PPO": actor.policy}, tokenizer, splits, config, reward, reference, box, ops)
     run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage,
                alarms=[alarm._asdict() for alarm in alarms])
     plot_ppo(run.folder)

@@ -245,6 +245,10 @@ def train(config):
     seed_everything(config.seed)
     splits, leakage = open_data(config)
     policy, tokenizer = load_policy(config, device)
+    if policy is None and (idle := asked(config, "temperature", "generation_batch_size")):
+        raise InputError(f"{idle}: for the samples of an SFT policy, and there is none here: leave out, or name one with --policy")
+    if policy is None and (idle := asked(config, "max_query", "max_response")):
+        print(f"{idle}: of no effect, since they bound an SFT policy's samples and there is none; the reward model reads what its positions hold")
     if not config.model and policy is None:
         raise InputError(f"--model is empty and there is no {Path(config.out).parent / 'sft'} to start from: run train_sft.py first, "
                          "or name a backbone with --model")

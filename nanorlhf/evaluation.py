@@ -14,6 +14,7 @@ from nanorlhf.config import asked
 from nanorlhf.errors import InputError
 from nanorlhf.metrics.bootstrap import paired_bootstrap
 from nanorlhf.metrics.execution import passes_checks
+from nanorlhf.ops import TORCH
 from nanorlhf.reward import RewardModel, call_reward, term_values
 from nanorlhf.rollout import decode, generate, score_in_parts
 from nanorlhf.run import RunFailed, autocast
@@ -23,7 +24,7 @@ from nanorlhf.tokenizer import pad
 
 
 @torch.no_grad()
-def answer(model, tokenizer, records, config, temperature, reference=None, seed=0, batch_size=None):
+def answer(model, tokenizer, records, config, temperature, reference=None, seed=0, batch_size=None, ops=TORCH):
     """Answer each record's prompt once.
 
     Args:
@@ -34,6 +35,7 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
             of KL(policy || reference) where the tokens were sampled at temperature 1.
         seed: of the sampling; the same seed gives the same answers.
         batch_size: prompts answered at once; None: config.generation_batch_size.
+        ops: who computes the reference's log-probs (nanorlhf.ops).
     Returns: a list of dicts with id, prompt, reference, response, length (tokens, EOS included), ended, exact_match (None
         without a reference answer), and kl if a reference model is given.
     """
@@ -56,7 +58,7 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
             whole, whole_mask = torch.cat([ids, responses], 1), torch.cat([mask.bool(), response_mask], 1)
             with autocast(model.device, config.precision):
                 ref_logprobs, _, _ = score_in_parts(reference, whole, whole_mask, responses.shape[1], temperature or 1.0,
-                                                    config.micro_batch_size)
+                                                    config.micro_batch_size, ops)
             columns["kl"] = ((logprobs - ref_logprobs) * response_mask).sum(1).tolist()
         for i, record in enumerate(some):
             rows.append({"id": record.id, "prompt": record.prompt, "reference": record.reference,
@@ -167,7 +169,7 @@ ROWS = {"reward": "learned reward", "exact_match": "exact match (AST-equal)", "e
         "length": "response length, tokens", "kl": "KL to the SFT policy, nats", "ended": "ended with EOS"}
 
 
-def report(folder, models, tokenizer, splits, config, reward, reference, box=None):
+def report(folder, models, tokenizer, splits, config, reward, reference, box=None, ops=TORCH):
     """Answer the test splits with each model, print the table and five samples, and return everything for results.json.
 
     Args: folder, where every answer goes, as answers.jsonl; models, {name: GPT2}, the baseline first; reference, the GPT2
@@ -180,7 +182,7 @@ def report(folder, models, tokenizer, splits, config, reward, reference, box=Non
         answers = {}
         for mode, temperature in (("sampled", config.temperature), ("greedy", 0)):
             for name, model in models.items():
-                rows = answer(model, tokenizer, records, config, temperature, reference if mode == "sampled" else None, config.seed)
+                rows = answer(model, tokenizer, records, config, temperature, reference if mode == "sampled" else None, config.seed, ops=ops)
                 answers[mode, name] = add_execution(add_rewards(rows, reward), records, box)
                 write_answers(folder, split, mode, name, rows)
         results[split] = split_results(answers, list(models))

@@ -334,7 +334,7 @@ def sample(config, records, device):
     policy.check_length(config.max_query + config.max_response)
     answers = [{} for _ in records]
     for i in range(config.samples):
-        seed = (config.seed * 1000 + i) % 2**63  # no sample of one seed is a sample of the next
+        seed = config.seed * 1000 + i  # no sample of one seed is a sample of the next
         rows = answer(policy, tokenizer, records, config, config.temperature, seed=seed, batch_size=config.batch_size)
         for row, texts in zip(rows, answers):
             texts[row["response"]] = None

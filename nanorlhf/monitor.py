@@ -127,7 +127,8 @@ def gold_alarm(evaluations, eval_rows):
     """What is wrong, or None: since its best, gold fell by over SIGMAS standard errors while the learned reward rose.
 
     Both are means over an evaluation and the one before it: the best of many single ones is best by luck, and one that
-    is unlucky is no fall, unless it is deep. Of runs of 20 evaluations in which gold stays, 1 in 100 gives an alarm.
+    is unlucky is no fall, unless it is deep. Of runs of 20 evaluations in which gold stays, 1 in 100 gives an alarm
+    where most prompts are nearly sure to be right or wrong; up to 1 in 5 where all are alike, the answers being new each time.
     Args: evaluations, [{"step", "eval/reward", metrics of GOLD}] in order; eval_rows, the rows that gold is a mean of.
     """
     gold = gold_metric(evaluations, eval_rows)

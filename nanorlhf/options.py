@@ -11,7 +11,7 @@ class RunOptions:
     """Where and on what a script runs."""
     out: str = option("runs/run", "run folder: config, log, checkpoints, results, plots", group="Run", metavar="FOLDER")
     overwrite: bool = option(False, "replace the run that --out holds")
-    seed: int = option(0, "seed of everything random", at_least=0)
+    seed: int = option(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
     gpu: int | None = option(None, "run on this GPU; without it CUDA is taken if there, else the CPU", at_least=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     precision: str = option("fp32", "bf16 runs matrix products in bfloat16; weights and losses stay float32",

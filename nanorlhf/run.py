@@ -130,7 +130,9 @@ def trial(body, config):
                 os.symlink((out.parent / stage).absolute(), Path(scratch) / stage)
         small = {"out": f"{scratch}/{out.name}", "overwrite": False, "resume": False, "dry_run": False, "steps": 1, "epochs": 1,
                  "eval_rows": 2, "eval_every": 1, "save_steps": 1, "max_rows": getattr(config, "batch_size", 8)}
-        tried = configuration.replace(config, **{name: value for name, value in small.items() if hasattr(config, name)})
+        small = {name: value for name, value in small.items() if hasattr(config, name)}
+        tried = configuration.replace(config, **small)
+        tried.config_baseline = {**tried.config_baseline, **small}  # nobody asked for these
         tried.trial = True  # for the stages that `pipeline.ensure` makes
         body(tried)
     print(f"dry run of {out}: every phase went through one step of a full batch, {peak_memory_mb(children=True):.0f} MB of "

@@ -377,7 +377,7 @@ bad("references, and no policy to make pairs with", {}, "train_reward --data dat
 section("The command line")
 bad("an unknown option", {}, f"{ALL} --batchsize 3", "unknown option '--batchsize'", "did you mean --batch-size?")
 bad("a value out of range", {}, f"{TRAIN} --lr 0", "--lr: expected a number > 0", "found 0")
-bad("a value that is no number", {}, f"{ALL} --seed one", "--seed: expected an integer >= 0, found \"one\"")
+bad("a value that is no number", {}, f"{ALL} --seed one", "--seed: expected an integer >= 0 and <= 4294967295, found \"one\"")
 bad("a value of NaN", {}, f"{TRAIN} --lr nan", "--lr: expected a number > 0 or none, found nan")
 bad("a fraction for a count", {}, f"{ALL} --batch-size 1.5", "--batch-size: expected an integer >= 1, found \"1.5\"")
 bad("a missing value", {}, f"{ALL} --seed", "--seed: a value is missing", "expected an integer")

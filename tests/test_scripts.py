@@ -4,6 +4,7 @@ Stages are trained once on 60 rows with a model of one layer; `launch` runs a sc
 process (a new one costs seconds for torch alone), and two runs go through a real command line.
 """
 import copy
+import dataclasses
 import importlib
 import json
 import os
@@ -394,6 +395,36 @@ def test_every_ppo_option_at_once(home, monkeypatch):
     assert json.loads((folder / "results.json").read_text())["test"]["test"]["greedy"]["PPO"]["exact_match"] is None
 
 
+def test_whitened_rewards(home, monkeypatch):
+    """What GAE sees: the KL-shaped rewards over their standard deviation, about their old mean: (r - m) / s + m. The log has them as
+    they were: score - kl_coef * KL."""
+    seen, shaped, choose = [], [], train_ppo.choose
+    monkeypatch.setattr(train_ppo, "shape_rewards", lambda *args: shaped.append(shape_rewards(*args)) or shaped[-1])
+    monkeypatch.setattr(train_ppo, "choose", lambda *args: dataclasses.replace(choose(*args), gae=lambda rewards, values, mask, *rest: (
+        seen.append((rewards, mask)), gae(rewards, values, mask, *rest))[1]))
+    out = home / "runs" / "whitened"
+    assert launch("train_ppo", "--data", str(home / "data.jsonl"), "--out", str(out), *TEXT, *PPO, "--whiten-rewards") == 0
+    rows = [row for row in log(out) if "objective/kl" in row]
+    assert len(rows) == len(seen) == 2
+    for (rewards, mask), before, row in zip(seen, shaped, rows):
+        kept, were = rewards[mask], before[mask]
+        expected = (were - were.mean()) / were.std(unbiased=False) + were.mean()
+        torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
+        assert rewards[~mask].eq(0).all() and not torch.allclose(kept, were, atol=1e-2)
+        assert row["objective/rewards"] == pytest.approx(before.sum(1).mean().item(), abs=1e-6)
+
+
+def test_low_memory_reaches_the_evaluation(home, monkeypatch):
+    """With it, no logits of several columns exist, neither in updates nor where the KL of answers is measured."""
+    shapes, logits = [], GPT2.logits
+    monkeypatch.setattr(GPT2, "logits", lambda self, hidden: (shapes.append(hidden.dim()), logits(self, hidden))[1])
+    for script, flags in (("train_ppo", PPO), ("train_dpo", DPO)):
+        shapes.clear()
+        assert launch(script, "--data", str(home / "data.jsonl"), "--out", str(home / "runs" / f"{script}-low"), *TEXT, *flags,
+                      "--low-memory") == 0
+        assert set(shapes) == {2}, "one column at a time, in generation"
+
+
 def test_patience_stops_early(home, monkeypatch):
     """A constant reward never gets better: with patience 1 it stops at the evaluation after step 1."""
     (home / "constant_zq.py").write_text("def one(prompts, responses, references):\n    return [1.0] * len(prompts)\n")
@@ -430,8 +461,8 @@ def test_preference_data_go_through_sft_and_dpo(tmp_path):
     """Data with preferences of their own need no reward stage: SFT on the chosen responses, then DPO on the pairs."""
     data = preferences(tmp_path / "pairs.jsonl")
     assert launch("train_sft", "--data", data, "--out", str(tmp_path / "runs" / "sft"), *TEXT, *SFT) == 0
-    assert launch("train_dpo", "--data", data, "--out", str(tmp_path / "runs" / "dpo"), *TEXT, *DPO, "--loss-type",
-                  "ipo", "--beta", "0.1") == 0
+    assert launch("train_dpo", "--data", data, "--out", str(tmp_path / "runs" / "dpo"), *TEXT, *DPO[:-2], "--loss-type",
+                  "ipo", "--beta", "0.1") == 0  # no --eval-rows: nobody answers
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dpo", "sft"]
     rows = log(tmp_path / "runs" / "dpo")
     first = next(row for row in rows if "loss" in row)
