@@ -737,6 +737,45 @@ def test_pass_at_k_by_hand(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- pipeline
 
+@pytest.mark.parametrize("preset", ["fast", "conala"])
+def test_the_report_of_several_seeds(preset, tmp_path, monkeypatch):
+    """Jobs are made in order with their preset, data and seed, finished stages are reused; the report has a row a seed and policy, no
+    column that nothing fills, and the paired gain: exact matches [0, 1] -> [1, 1] on seed 0, [0, 0] -> [1, 1] on seed 1 is + .75."""
+    ran, last = [], {"fast": "ppo-execution", "conala": "ppo-bleu"}[preset]
+    numbers = {"reward": 1.5, "exact_match": 0.5, "execution": 0.25 if preset == "fast" else None, "conala_bleu": 9.0, "length": 3.0,
+               "kl": 0.1, "ended": 1.0}
+
+    def make(words):
+        folder = Path(words[words.index(next(w for w in words if w.startswith("--out")))].removeprefix("--out="))
+        ran.append((folder.name, *words[2:4], words[5]))
+        seed, model = int(folder.parent.name[5:]), "DPO" if folder.name == "dpo" else "PPO"
+        for stage in ("sft", "reward", folder.name):
+            (folder.parent / stage).mkdir(parents=True, exist_ok=True)
+            (folder.parent / stage / "results.json").write_text(json.dumps({
+                "seconds": 7.0, "peak_memory_mb": 8, "validation": {"eval/accuracy": 0.9},
+                "test": {"test": {mode: {"SFT": numbers, model: numbers} for mode in ("sampled", "greedy")}}}))
+        rows = [{"split": "test", "mode": mode, "model": name, **numbers, "exact_match": match}
+                for mode in ("sampled", "greedy") for name in ("SFT", model)
+                for match in ([0.0, 1.0 - seed] if name == "SFT" else [1.0, 1.0])]
+        write_rows(folder / "answers.jsonl", rows)
+        return 0
+
+    monkeypatch.setattr(pipeline, "call", make)
+    config = parse(pipeline.Config, pipeline.PRESETS, ["--preset", preset, "--seeds", "0", "1", "--out", str(tmp_path / "seeds"), "--report",
+                                                       str(tmp_path / "docs" / "R.md")])
+    pipeline.main(config)
+    data = {"fast": "nano", "conala": "conala"}[preset]
+    assert ran == [(stage, f"--preset={preset}", f"--data={data}", f"--seed={seed}") for seed in (0, 1) for stage in ("ppo", "dpo", last)]
+    text = (tmp_path / "docs" / "R.md").read_text()
+    pipeline.main(config)
+    assert len(ran) == 6 and (tmp_path / "docs" / "R.md").read_text() == text
+    assert "seeds 0, 1." in text and "{" not in text and ("passes its checks |" in text) == (preset == "fast")
+    assert text.count("\n| 1 | DPO |") == 2 and text.count("exact match (AST-equal) +0.750 [") == 6
+    head, rule = (line for line in text.splitlines()[-4:-2])
+    assert head.count("|") == rule.count("|") == text.splitlines()[-1].count("|") == 9
+
+
+
 def test_a_missing_stage_is_made_with_the_same_data(home, tmp_path, monkeypatch, capsys):
     """`ensure` runs the script as a user would, data options, seed and device handed on; its failure is ours."""
     ran = []
