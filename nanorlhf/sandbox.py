@@ -9,6 +9,7 @@ All three are in nanorlhf/jail. What is promised and what is not: SECURITY.md. E
 code that runs into it, and listed in `Sandbox.layers`, as `python -m nanorlhf.sandbox` does.
 """
 
+import argparse
 import ast
 import hashlib
 import json
@@ -163,9 +164,8 @@ class Sandbox:
                 raise InputError(f"{name} must be a number from {least} to {most}, not {value!r}")
         if workers != int(workers):
             raise InputError(f"workers must be a whole number, not {workers!r}")
-        unknown = [name for name in without if name not in LAYERS] if isinstance(without, (list, tuple)) else [without]
-        if unknown:
-            raise InputError(f"without must be a list of layers; {unknown[0]!r} is none; there are {', '.join(LAYERS)}")
+        if not isinstance(without, (list, tuple)) or any(name not in LAYERS for name in without):
+            raise InputError(f"without must be a list of layers, not {without!r}; there are {', '.join(LAYERS)}")
         self.mode, self.layers, self.workers, self.idle, self.cache = mode, {}, [], queue.SimpleQueue(), {}
         if mode == "off":
             return
@@ -271,12 +271,12 @@ def _prepare(job):
     tests = _texts(job["tests"], "tests")
     if not tests:
         raise InputError("no tests: a check without one would pass anything")
-    for test in tests:
+    for number, test in enumerate(tests):
         try:
-            statements = ast.parse(test).body
-            compile(test, "<test>", "exec", dont_inherit=True)
+            statements = ast.parse(test, f"test {number}").body
+            compile(test, f"test {number}", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise InputError(f"a test does not parse: {str(error) or 'it is too deep'}") from None
+            raise InputError(f"test {number} does not parse: {str(error) or 'it is too deep'}") from None
         if not statements:
             raise InputError(f"the test {test!r} holds no statement: it would pass anything")
     entries = None if job.get("entry_point") is None else _texts(job["entry_point"], "entry_point")
@@ -312,9 +312,14 @@ for layer, passes in {"seccomp": socket.socket,
 
 
 def main():
-    with Sandbox(mode="weak") as box:
-        for name, state in box.layers.items():
-            print(f"{name:16} {'on' if state is True else state}")
+    parser = argparse.ArgumentParser(prog="python -m nanorlhf.sandbox", description="The walls that this machine has for generated code.")
+    parser.add_argument("--mode", choices=MODES[:3], default="weak", help="exit with 2, and say what is missing, if this mode would not start")
+    try:
+        with Sandbox(mode=parser.parse_args().mode) as box:
+            for name, state in box.layers.items():
+                print(f"{name:16} {'on' if state is True else state}")
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -762,10 +762,10 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize("job, message", [
     ({"code": None, "tests": ["assert f()"]}, "code must be text, not NoneType"),
-    ({"code": "", "tests": []}, "no tests"), ({"code": "", "tests": ["assert f("]}, "a test does not parse"),
-    ({"code": "", "tests": ["x = '\0'"]}, "a test does not parse"), ({"code": "", "tests": [1]}, "tests must be text"),
-    ({"code": "", "tests": None}, "tests must be text"), ({"code": "", "tests": ["return 1"]}, "a test does not parse"),
-    ({"code": "", "tests": ["# assert f()"]}, "holds no statement"), ({"code": "", "tests": ["-" * 100_000 + "1"]}, "a test does not parse"),
+    ({"code": "", "tests": []}, "no tests"), ({"code": "", "tests": ["assert f("]}, "test 0 does not parse"),
+    ({"code": "", "tests": ["x = '\0'"]}, "test 0 does not parse"), ({"code": "", "tests": [1]}, "tests must be text"),
+    ({"code": "", "tests": None}, "tests must be text"), ({"code": "", "tests": ["return 1"]}, "test 0 does not parse"),
+    ({"code": "", "tests": ["# assert f()"]}, "holds no statement"), ({"code": "", "tests": ["-" * 100_000 + "1"]}, "test 0 does not parse"),
     ({"code": "", "tests": ["assert f()"], "entry_point": []}, "entry_point"), ({"code": "", "tests": ["assert f()"], "entry_point": "f()"}, "entry_point"),
     ({"code": "", "tests": ["assert f()"], "entry_point": 3}, "entry_point"), ({"code": "1", "expression": 1}, "expression must be text"),
     ({"code": "1", "setup": 1}, "setup must be text"), ({"code": "1", "test": ["assert f()"]}, "'test'"),
@@ -803,12 +803,6 @@ def test_check(box):
     assert ended.status == "crashed" and "exit code 3" in ended.detail
     ended = box.check("import ctypes\ndef f(x): ctypes.string_at(0)", "assert f(1)")
     assert ended.status == "crashed" and "SIGSEGV" in ended.detail
-
-
-def test_the_code_must_not_be_called(box):
-    """A pass says that all tests went through; a test that asks nothing of the code passes any that loads."""
-    assert box.check("x = 1", ["assert 1 + 1 == 2"]).passed
-    assert not box.check("x = (", ["assert 1 + 1 == 2"]).passed
 
 
 def test_evaluate(box):
@@ -1109,6 +1103,29 @@ def test_the_next_child_has_another_user(box):
     assert users[0] == users[2] != users[1] and min(users) > 1 << 20
 
 
+@pytest.mark.parametrize("entry", [None, "f"])
+def test_tests_that_ask_the_code_nothing_are_no_pass(box, entry):
+    """HumanEval's `check(candidate)`, which its reader must call, and pytest's functions used to pass any code."""
+    wrong = "def f(x): return -x"
+    for tests in (["def check(candidate):\n    assert candidate(3) == 3"], ["def test_f():\n    assert f(3) == 3"], ["y = 2", "assert y"], ["assert 1 + 1 == 2"],
+                  ["import unittest\nclass T(unittest.TestCase):\n    def test(self): assert f(3) == 3\nif __name__ == '__main__': unittest.main()"]):
+        outcome = box.check(wrong, tests, entry)
+        assert outcome.status == "error" and "never ask the code for anything" in outcome.detail and not outcome.passed
+    check = "def check(candidate):\n    assert candidate(3) == 3\n"
+    assert box.check(wrong, [check, "check(f)"], entry).status == "failed" and box.check("def f(x): return x", [check + "check(f)"], entry).passed
+    assert box.check("f = 3", ["assert f == 3"], entry).passed, "a plain value is an answer"
+    assert box.check(wrong, ["assert 1 + 1 == 2", "assert f(3) == -3"], entry).passed, "one that asks is enough"
+    assert "SyntaxError" in box.check("x = (", ["assert 1 + 1 == 2"], None).detail
+
+
+def test_a_value_that_cannot_be_compared_is_named(box):
+    outcome = box.check("import datetime\ndef f(): return datetime.date(2020, 1, 2)", ["assert f() == __import__('datetime').date(2020, 1, 2)"], "f")
+    assert outcome.status == "failed" and "the code gave a date, which is no plain builtin and equals nothing here" in outcome.detail
+    outcome = box.check("def f(): return 1", ["assert f() == 2"], "f")
+    assert outcome.detail == "test 0: assert f() == 2"
+    assert box.check("def f(): pass", ["d = {f: 1}\nassert d[f] == 1 and f == f and f != 1\nf()"], "f").passed
+
+
 def test_what_the_machine_does_to_an_answer_is_no_fault_of_the_code(box):
     """Half a line: the process was ended (by the kernel, short of memory); no memory for it in the judge: neither is cached."""
     code = FORGED + "import signal\ndef f(x):\n    os.write(3, frame({'value': 1})[:-1])\n    os._exit(9)"
@@ -1380,8 +1397,11 @@ def test_the_code_finds_no_test_and_no_neighbour(box):
 
 
 def test_command_line_lists_the_layers():
-    done = subprocess.run([sys.executable, "-m", "nanorlhf.sandbox"], cwd=ROOT, capture_output=True, text=True)
+    done, strict, wrong = (subprocess.run([sys.executable, "-m", "nanorlhf.sandbox", *more], cwd=ROOT, capture_output=True, text=True)
+                           for more in ([], ["--mode", "require"], ["--mode", "on"]))
     assert done.returncode == 0 and re.search(r"^seccomp +on$", done.stdout, re.M)
+    assert strict.returncode == 0 and strict.stdout == done.stdout or "will not run code here: missing" in strict.stderr
+    assert wrong.returncode == 2 and "invalid choice: 'on'" in wrong.stderr
 
 
 # ---- the table for docs/SANDBOX.md

@@ -34,6 +34,7 @@ class Session:
 
     def __init__(self, sock, file):
         self.sock, self.file, self.stopped = sock, file, None
+        self.asked, self.note = 0, ""  # questions; what to say of a test that fails
 
     def stop(self, status, detail):
         self.stopped = self.stopped or Stop(status, detail)
@@ -43,6 +44,7 @@ class Session:
         """The value of one question. What the code raised is raised here as the nearest builtin Exception."""
         if self.stopped:
             raise self.stopped
+        self.asked += 1
         request = question, encode((args, keywords), self.number)
         try:
             send(self.sock, request)
@@ -88,6 +90,12 @@ class Remote:
             raise AttributeError(name)
         return self._remote[0].ask("getattr", self, name)
 
+    def __eq__(self, other):
+        self._remote[0].note = f" (the code gave a {self._remote[2]}, which is no plain builtin and equals nothing here)"
+        return self is other
+
+    __hash__ = object.__hash__
+
     def __repr__(self):
         return f"<{self._remote[2]} in the sandbox>"
 
@@ -113,16 +121,19 @@ class _Names(dict):
 
 
 def _walk_tests(session, job):
-    """Run every test against the code; an exception ends it."""
+    """Run every test against the code; an exception ends it. Tests that never ask it for anything are no pass."""
     session.ask("load", job["code"])
     names = _Names(session, job["entries"])
+    idle = session.asked if all(isinstance(names[entry], Remote) for entry in job["entries"] or ()) else -1
     for number, test in enumerate(job["tests"]):
         try:
             exec(compile(test, f"<test {number}>", "exec", dont_inherit=True), names)
         except AssertionError as error:
             if hasattr(error, "said"):  # the code's own
                 raise
-            session.stop("failed", f"test {number}: {test}")
+            session.stop("failed", f"test {number}{session.note}: {test}")
+    if session.asked == idle:
+        session.stop("error", "the tests never ask the code for anything: a function that is defined must also be called")
 
 
 def _value(session, job):
