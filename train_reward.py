@@ -107,7 +107,7 @@ def make_pairs(policy, tokenizer, records, config, seed, box):
 
 def examples(splits, policy, tokenizer, config, checkpoint=None):
     """(training rows, validation rows), each a list of dicts: pairs with chosen and rejected, rated responses, or both."""
-    pairs = splits.train[0].rating is None
+    pairs = all(row.rating is None for row in splits.train)
     if config.ratings and not pairs:
         raise InputError(f"--ratings adds rated responses to pairs, but --data {config.data} is rated itself: put them into one file")
     found = pairs_of(splits, policy, tokenizer, config, checkpoint) if pairs else rated(splits, config)
@@ -165,6 +165,8 @@ def rated(splits, config):
             raise InputError(f"{splits.source}: the logits of the row with prompt {r.prompt[:60]!r} are {len(r.logits)} numbers, not "
                              f"{config.human_feedback_dim}: give all rows as many, and say --human-feedback-dim {len(r.logits)}")
     mean, std = mean_and_std([r.rating for r in splits.train])
+    if len({r.rating for r in splits.train}) == 1:
+        raise InputError(f"{splits.source}: all training rows are rated {mean:g}: nothing tells a good response from a bad one")
     return [[{"id": r.id, "prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std, "feedback": r.logits}
              for r in rows] for rows in (splits.train, splits.validation)]
 

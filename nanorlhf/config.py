@@ -11,8 +11,8 @@
 A value comes from, weakest first: the field's default, the preset (`--preset fast`, or `preset = "fast"` in the file),
 the TOML file (`--config run.toml`), the command line. The rules, where there was a choice:
 
-- Of an option given twice on the command line the last one counts, lists included. `--config` and `--preset` may come
-  once; a `--preset` of which the file leaves nothing in force is an error, not a setting that does nothing.
+- Of an option given twice on the command line the last one counts; a list, `--config` and `--preset` may come once; a
+  `--preset` of which the file leaves nothing in force is an error, not a setting that does nothing.
 - Nothing is abbreviated or guessed: an unknown name, a wrong type, a value out of range, `nan` and `inf` are errors of
   one line that name the flag or `file:line`. An integer will do for a float; in TOML a number in quotes will not.
 - `none` unsets an optional option (`int | None`), on the command line and, as "none", in TOML, which has no null.
@@ -27,6 +27,7 @@ import math
 import operator
 import os
 import re
+import signal
 import sys
 import textwrap
 import tomllib
@@ -182,6 +183,8 @@ def parse(cls, presets=None, argv=None, prog=None, exit_on_error=True):
     Errors: one line on stderr and exit code 2, or InputError with `exit_on_error=False`. `--help` prints and exits 0.
     """
     prog = prog or os.path.basename(sys.argv[0])
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
     argv = [str(token) for token in (sys.argv[1:] if argv is None else argv)]
     if "-h" in argv or "--help" in argv:
         _print_help(help_text(cls, presets, prog))
@@ -193,6 +196,17 @@ def parse(cls, presets=None, argv=None, prog=None, exit_on_error=True):
             raise
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _interrupted(signum, frame):
+    """Ctrl-C as ever, but without a traceback through the import of torch, which takes its time after the options are read."""
+    outer = frame
+    while outer is not None:
+        if outer.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{os.path.basename(sys.argv[0])}: SIGINT: interrupted; nothing was begun\n".encode())
+            os._exit(130)
+        outer = outer.f_back
+    signal.default_int_handler(signum, frame)
 
 
 def _resolve(cls, presets, argv):
@@ -259,6 +273,8 @@ def _read_command_line(opts, argv, presets):
             named[flag[2:]] = _single(flag, values, "a TOML file" if flag == "--config" else "the name of a preset")
         elif flag in flags or flag in negated:
             opt = flags.get(flag) or negated[flag]
+            if opt.is_list and opt.name in typed:
+                raise InputError(f"{flag} is given twice; write its values behind one: {flag} A B")
             typed[opt.name] = _read_values(opt, flag, values, flag in flags)
         elif flag.startswith("--"):
             known = [name[2:] for name in [*flags, *negated, "--config", "--preset", "--help"]]

@@ -334,6 +334,11 @@ def _logits(name, value, where):
 def _checks(name, value, where):
     checks = _list(name, value, where)
     for check in checks:
+        for key in check if isinstance(check, dict) else ():
+            if key not in ("setup", "value", "expression"):
+                near = nearest(key, ("setup", "value", "expression"))
+                raise InputError(f"{where}: {name!r} has {_show(key)}; a check has setup, value and, if need be, expression"
+                                 + (f": did you mean {near}?" if near else ""))
         setup, expected = (check.get("setup"), check.get("value")) if isinstance(check, dict) else (None, None)
         if not isinstance(setup, str) or not isinstance(expected, str):
             raise InputError(f"{where}: {name!r} holds {_show(check)}; write {{'setup': source text, 'value': text}}")
@@ -341,6 +346,11 @@ def _checks(name, value, where):
             ast.literal_eval(expected)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise InputError(f"{where}: {name!r}: the value {_show(expected)} is no literal, such as [1, 'a']: write repr(value)") from None
+        for key, mode in (("setup", "exec"), ("expression", "eval")):
+            try:
+                ast.parse(_text(key, check.get(key) or "0", where), mode=mode)
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise InputError(f"{where}: {name!r}: the {key} {_show(check[key])} is no Python ({error}); mend it") from None
     return checks
 
 

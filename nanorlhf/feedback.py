@@ -260,7 +260,10 @@ def ranking(config, records, device, box):
         near = nearest(config.rank, ("execution", *METRIC_NAMES))
         hint = f"did you mean {near}?" if near else f"the metrics are {', '.join(METRIC_NAMES)}"
         raise InputError(f"--rank {config.rank}: no metric, folder or rule of that name; {hint}")
-    reward = load_reward([config.rank], device=device, execution=box and ExecutionReward(box, records))
+    try:
+        reward = load_reward([config.rank], device=device, execution=box and ExecutionReward(box, records))
+    except InputError as error:
+        raise InputError(str(error).replace("--reward", "--rank")) from None
 
     def scores(codes, rows):
         found = call_reward(reward, [record.prompt for record in rows], codes, [record.reference for record in rows])

@@ -46,7 +46,7 @@ class SandboxOptions:
     sandbox: str = option("auto", "auto: run code where system calls can be walled off; require: only behind every wall; weak: behind "
                           "what there is; off: run none", group="Sandbox", choices=("auto", "require", "weak", "off"))
     sandbox_workers: int = option(2, "codes that run at once", at_least=1, at_most=256)
-    sandbox_timeout: float = option(1.0, "seconds a code may take", above=0)
+    sandbox_timeout: float = option(1.0, "seconds a code may take", at_least=0.01)
 
 
 @dataclass

@@ -43,7 +43,7 @@ def ensure(script, folder, config, **options):
         shared = {name: getattr(config, name) for name in
                   ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template",
                    "max_query", "max_response")}
-        if read_config(folder).get("max_rows"):  # a trial on a few rows may use stages made on all, not the other way round
+        if read_config(folder).get("max_rows") and not getattr(config, "trial", False):  # a trial on a few rows may use stages made on all, not the other way round
             shared["max_rows"] = config.max_rows
         check_same(folder, shared | given | {name: options[name] for name in options if name == "policy"})
         seed = read_config(folder).get("seed", config.seed)

@@ -348,7 +348,12 @@ def term_values(reward):
 def call_reward(reward, prompts, responses, references=None):
     """Scores (B,) float32 of any reward; one that returns the wrong number of scores is an InputError."""
     references = [None] * len(prompts) if references is None else references
-    name, returned = getattr(reward, "__name__", type(reward).__name__), reward(prompts, responses, references)
+    name = getattr(reward, "__name__", type(reward).__name__)
+    try:
+        returned = reward(prompts, responses, references)
+    except Exception as error:
+        error.add_note(f"in the reward {name}")
+        raise
     try:
         scores = torch.as_tensor(returned, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):

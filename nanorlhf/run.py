@@ -64,10 +64,12 @@ def main(body, config):
     0 done, 1 failed at run time, 2 usage or input, 130 / 143 interrupted by SIGINT / SIGTERM. A fault of ours keeps its
     traceback; --debug shows every other one's too.
     """
-    kept = KEPT if hasattr(config, "resume") and not getattr(config, "dry_run", False) else NOTHING_KEPT
+    def kept():
+        resumable = hasattr(config, "resume") and not getattr(config, "dry_run", False)
+        return KEPT if resumable and os.path.isfile(os.path.join(config.out, "config.toml")) else NOTHING_KEPT
 
     def terminate(signum, frame):
-        raise Interrupted(signum, kept)
+        raise Interrupted(signum, kept())
 
     before = signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
     try:
@@ -79,7 +81,7 @@ def main(body, config):
     except Interrupted as error:
         _leave(config, signal.Signals(error.signum).name, error, 128 + error.signum)
     except KeyboardInterrupt:
-        _leave(config, "SIGINT", kept, 130)
+        _leave(config, "SIGINT", kept(), 130)
     except PermissionError as error:
         _leave(config, "error", f"{error.filename}: {error.strerror}; change its rights, or name another place", 2)
     except (RuntimeError, MemoryError) as error:
@@ -198,13 +200,16 @@ def check_run(config):
         if overwrite:
             return None
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
-    changed = changes(config, out)
+    changed, finished = changes(config, out), (out / "results.json").is_file()
     if changed and overwrite:
         return None
+    if changed and finished:
+        raise InputError(f"--resume: {out} is finished, and cannot be gone on with under other options ({'; '.join(changed[:3])}): name another "
+                         "--out for a new run")
     if changed and not config.allow_config_change:
         raise InputError(f"--resume: {out} was made with other options ({'; '.join(changed)}): pass the same, such as by --config "
                          f"{out}/config.toml, or --allow-config-change")
-    if (out / "results.json").is_file():
+    if finished:
         print(f"{out}: finished already, nothing to resume")
         raise SystemExit(0)
     claimed = claim(out)  # what a living run is writing must not be swept

@@ -45,7 +45,8 @@ def in_use(folder):
 
 def numbers(row, names):
     """Some of a log row's numbers in words."""
-    return ", ".join(f"{name.rpartition('/')[2].replace('_', ' ')} {row[name]:.4g}" for name in names if name in row)
+    return ", ".join(f"{name.removeprefix('eval/') if name.startswith('eval/') else name.rpartition('/')[2]} {row[name]:.4g}".replace("_", " ")
+                     for name in names if name in row)
 
 
 def status(folder):

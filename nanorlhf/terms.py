@@ -12,6 +12,7 @@ the row is left out of the update, and counted: a 0 would be taken for a verdict
 finite; write 1*module:function to leave rows out.
 """
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -189,20 +190,20 @@ def parse_sum(spec):
     if os.path.exists(spec):
         return [(1.0, spec)]
     sign, terms = 1.0, []
-    for part in re.split(r"\s+([+-])\s+", re.sub(r"^([+-])\s+", r"\1", spec.strip())):
+    for part in re.split(r"\s+([+-])\s+", spec.strip()):
         if part in ("+", "-"):
             sign = 1.0 if part == "+" else -1.0
             continue
-        weight, name = re.fullmatch(r"(?:([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*\*\s*)?(.*)", part, re.DOTALL).groups()
+        own, weight, name = re.fullmatch(r"([+-]?)\s*(?:([\d.]+(?:[eE][+-]?\d+)?)\s*\*\s*)?(.*)", part, re.DOTALL).groups()
         try:
-            terms.append((sign * (1.0 if weight is None else float(weight)), name))
+            terms.append((sign * float(f"{own}{'1' if weight is None else weight}"), name))
         except ValueError:
             raise InputError(f"--reward {spec}: {weight!r} is no number; write weight*term, such as 0.3*execution") from None
     if not terms:
         raise InputError(f"--reward {spec}: a sign alone; put the whole sum into quotes, such as 'syntax - 0.05*length'")
     for _, name in terms:
-        if not name or re.search(r"[\s*]", name):
-            raise InputError(f"--reward {spec}: {name!r} is no term; write weight*term, and a space on either side of + and -")
+        if not name or re.search(r"[\s*()]", name) or re.match(r"\d[\d.]*[A-Za-z]", name) and not os.path.exists(name):
+            raise InputError(f"--reward {spec}: {name!r} is no term; write weight*term, without brackets, and a space on either side of + and -")
         if [other for _, other in terms].count(name) > 1:
             raise InputError(f"--reward {spec}: {name} is there twice; add up its weights")
     return terms
@@ -220,6 +221,8 @@ def load_reward(specs, combine="mean", device="cpu", execution=None, clip=None, 
         device: where models go. execution: the reward of the term `execution`, or None where there is nothing to run.
         clip, normalise: of each term of a sum.
     """
+    if twice := [spec for spec in specs if specs.count(spec) > 1]:
+        raise InputError(f"--reward names {twice[0]} twice: an ensemble of one and the same never disagrees; name it once")
     rewards = [_load(spec, device, execution, clip, normalise) for spec in specs]
     return rewards[0] if len(rewards) == 1 else RewardEnsemble(rewards, combine)
 
@@ -241,7 +244,7 @@ def _term(name, device, execution):
     if ":" in name and not os.path.exists(name):
         return function(name)
     if re.fullmatch(r"\w+", name) and not os.path.exists(name):
-        near = nearest(name, ["execution", *RULES])
+        near = nearest(name.lower(), ["execution", *RULES])
         raise InputError(f"--reward {name}: no folder and no term of that name; " + (f"did you mean {near}? " if near else "") +
                          f"Terms are execution, {', '.join(RULES)}, folders of reward models, and module:function")
     return RewardModel.from_pretrained(name).to(device)
@@ -263,8 +266,17 @@ def function(spec):
     finally:
         sys.path.pop(0)
     found = getattr(module, name, None)
-    if not callable(found):
+    if found is not None and not callable(found):
+        raise InputError(f"--reward {spec}: {name} is of type {type(found).__name__}; name a function")
+    if found is None:
         near = nearest(name, dir(module), cutoff=0.7)
         raise InputError(f"--reward {spec}: {module_name} has no function {name!r}; " +
                          (f"did you mean {near}?" if near else "name one that it defines"))
+    try:
+        inspect.signature(found).bind([], [], [])
+    except TypeError:
+        raise InputError(f"--reward {spec}: {name}{inspect.signature(found)} cannot be called with (prompts, responses, references); let it "
+                         "take these three lists") from None
+    except ValueError:  # written in C, without a signature
+        pass
     return found

@@ -337,6 +337,24 @@ bad("checks without a value", {"rows.jsonl": [{"intent": "i", "snippet": "s", "c
 bad("checks that are no list", {"rows.jsonl": [{"intent": "i", "snippet": "s", "checks": {}}]}, "check rows.jsonl",
     "'checks' is an object, not a list")
 
+CHECKED = {"prompt": "sort xs", "reference": "xs.sort()", "checks": [{"setup": "xs = [2, 1]", "value": "[1, 2]", "expression": "xs"}]}
+
+
+def checked(**changes):
+    """Rows with a check, of which the second has some other keys."""
+    return [CHECKED, {**CHECKED, "checks": [{**CHECKED["checks"][0], **changes}]}]
+
+
+bad("a check's key misspelt", {"c.jsonl": checked(expresion="xs")}, "check c.jsonl", "c.jsonl:2: 'checks' has 'expresion'", "did you mean expression?")
+bad("a check's setup that is no Python", {"c.jsonl": checked(setup="xs = ")}, "check c.jsonl", "c.jsonl:2: 'checks': the setup 'xs = ' is no Python",
+    "mend it")
+bad("a statement for a check's expression", {"c.jsonl": checked(expression="xs = 1")}, "check c.jsonl", "c.jsonl:2", "is no Python", "mend it")
+bad("ratings of which some are missing", {"r.jsonl": [{"prompt": f"add {n} to xs", "response": "xs", "reference": f"xs + {n}",
+                                                       **({"rating": n % 5} if n % 7 else {})} for n in range(30)]},
+    "train_reward --data r.jsonl", "rows have no rating, such as that of", "rate all, or none")
+bad("ratings that are all alike", {"r.jsonl": [{"prompt": f"add {n} to xs", "response": "xs", "rating": 3} for n in range(30)]},
+    "train_reward --data r.jsonl", "all training rows are rated 3: nothing tells a good response from a bad one")
+
 section("Data sets that do not serve")
 bad("too few rows to split", {"rows.jsonl": [{"prompt": "p", "reference": "r"}] * 9}, f"{ALL} --data rows.jsonl",
     "rows.jsonl: 9 rows with 1 different prompt cannot make 3 splits", "add rows")
@@ -492,6 +510,8 @@ bad("a file for --out", {}, f"{ALL} --out data.jsonl", "--out data.jsonl: is a f
 bad("a file above --out", {}, f"{ALL} --out data.jsonl/run", "data.jsonl is a file, not a folder", "name another")
 bad("a folder of something else", {}, f"{ALL} --out policy",
     "--out policy: the folder is not empty and holds no run of ours", "name another")
+bad("a finished run, to go on with under another seed", {}, "train_sft train_ppo --out run --resume --seed 5 --allow-config-change",
+    "--resume: run is finished, and cannot be gone on with under other options", "name another --out")
 bad("a finished run", {}, f"{ALL} --out run", "--out run: holds a run already", "--overwrite", "another --out")
 bad("a folder that cannot be written", {}, f"{ALL} --out out/new", "cannot be written to", "name another folder",
     on=read_only)
@@ -720,6 +740,14 @@ bad("a function that is not there", {}, "train_ppo eval --reward json:load_all",
     "--reward json:load_all: json has no function 'load_all'")
 bad("a module that is not Python", {"broken_zq.py": "def f(:\n"}, "train_ppo --reward broken_zq:f", "broken_zq.py:1: ",
     "mend it there")
+bad("a function of two arguments", {"two_zq.py": "def f(prompts, responses): return [1.0]\n"}, "train_ppo eval --reward two_zq:f",
+    "--reward two_zq:f: f(prompts, responses) cannot be called with (prompts, responses, references)", "let it take these three lists")
+bad("a reward that is NaN, and a run to replace", {"nan_zq.py": "def f(*columns): return [float('nan')] * len(columns[0])\n"},
+    "train_ppo --reward nan_zq:f --out run --overwrite", "--reward nan_zq:f: the score of the first training row is not finite",
+    "--reward '1*nan_zq:f'")
+bad("a list given twice", {}, "train_ppo --reward syntax --reward length", "--reward is given twice", "--reward A B")
+bad("one reward twice", {}, "train_ppo eval --reward syntax length syntax", "--reward names syntax twice", "name it once")
+bad("a weight without *", {}, "train_ppo eval --reward 0.7reward", "'0.7reward' is no term", "weight*term")
 bad("neither folder nor function", {}, "train_ppo --reward my:reward:1",
     "--reward my:reward:1: neither a folder nor module:function", "such as")
 bad("a function that returns words", {"words_zq.py": "def f(prompts, responses, references):\n    return 'good'\n"},
@@ -743,7 +771,11 @@ def arguments(case):
     """The command's words, as typed."""
     if case.command in ("check", "convert"):
         return [case.command, *shlex.split(case.rest)]
-    return shlex.split(f"{GOOD[case.command]} {TEXT} {case.rest}")
+    words = shlex.split(f"{GOOD[case.command]} {TEXT}")
+    for flag in ("--model", "--reward"):  # lists, which must not be given twice
+        if case.command in ("eval", "train_ppo") and flag in words and flag in shlex.split(case.rest):
+            del words[words.index(flag):words.index(flag) + 2]
+    return words + shlex.split(case.rest)
 
 
 def launch(command, words):

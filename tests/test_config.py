@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -105,10 +106,10 @@ def test_a_preset_can_be_named_again_beside_the_file_that_names_it(tmp_path):
 
 
 def test_the_last_of_an_option_given_twice_counts():
-    assert run("--seed", "1", "--seed", "2", "--models", "a", "b", "--models", "c").seed == 2
-    assert run("--models", "a", "b", "--models", "c").models == ["c"]
+    assert run("--seed", "1", "--seed", "2", "--models", "a", "b").seed == 2
     assert run("--no-early-stop", "--early-stop").early_stop is True
     assert fails("--preset", "fast", "--preset", "gpu") == "--preset is given twice; give it once"
+    assert fails("--models", "a", "--models", "b") == "--models is given twice; write its values behind one: --models A B", "b alone used to count"
 
 
 def test_lists_are_not_shared_between_configurations():
@@ -440,3 +441,18 @@ def test_check_value_makes_floats_of_integers_only_where_floats_are_due():
     opts = options(Config)
     assert math.copysign(1, check_value(opts["lr"], 2, "x")) == 1 and type(check_value(opts["lr"], 2, "x")) is float
     assert type(check_value(opts["seed"], 2, "x")) is int
+
+
+def test_ctrl_c_while_modules_are_imported_is_a_line(tmp_path):
+    """Torch takes seconds to import, after the options are read: no traceback through it. Later Ctrl-C is KeyboardInterrupt as ever."""
+    (tmp_path / "slow.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    begin = ("import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsys.argv = ['train_x.py']\n"
+             "from dataclasses import dataclass\nfrom nanorlhf.config import option, parse\n"
+             "@dataclass\nclass Config:\n    seed: int = option(0, 'a seed')\nparse(Config)\n")
+    for then, code, error in (("import slow\n", 130, "train_x.py: SIGINT: interrupted; nothing was begun\n"),
+                              ("print('ready', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: sys.exit(7)\n", 7, "")):
+        process = subprocess.Popen([sys.executable, "-c", begin + then], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", error) and process.returncode == code

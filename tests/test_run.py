@@ -71,16 +71,18 @@ def test_exit_codes(monkeypatch, capsys, error, code, line):
 
 
 def test_an_interrupted_training_can_be_resumed(monkeypatch, capsys, tmp_path):
-    """Of what trains, the message promises --resume; not of a dry run, of which nothing is left."""
+    """Of what trains and has begun, the message promises --resume; not of a dry run, of which nothing is left."""
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
 
     def body(config):
         raise KeyboardInterrupt
-    for words, promise in (([], "what was saved is kept, and the same command with --resume goes on from it\n"),
+    for words, promise in (([], "nothing was finished: run it again"), ([], "what was saved is kept, and the same command with --resume goes on from it\n"),
                            (["--dry-run"], "nothing was finished: run it again")):
         with pytest.raises(SystemExit) as exit:
             main(body, settings("--out", str(tmp_path / "run"), *words))
         assert exit.value.code == 130 and f"train_x.py: SIGINT: interrupted; {promise}" in capsys.readouterr().err
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.toml").touch()
 
 
 def test_success_returns_and_passes_the_config():

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,7 @@ from nanorlhf import ops, pipeline, plots
 from nanorlhf.advantages import gae, shape_rewards
 from nanorlhf.config import options, parse, replace
 from nanorlhf.encoder import Encoder, EncoderConfig
+from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.masked import whiten
 from nanorlhf.metrics import METRIC_NAMES, conala_bleu
@@ -774,6 +776,19 @@ def test_the_report_of_several_seeds(preset, tmp_path, monkeypatch):
     head, rule = (line for line in text.splitlines()[-4:-2])
     assert head.count("|") == rule.count("|") == text.splitlines()[-1].count("|") == 9
 
+
+
+def test_a_trial_uses_stages_made_on_a_few_rows(home, tmp_path, capsys):
+    """A dry run takes fewer rows than any stage was made on; it used to refuse stages made with --max-rows, whatever was asked for."""
+    shutil.copytree(home / "runs" / "sft", tmp_path / "sft")
+    path = tmp_path / "sft" / "config.toml"
+    path.write_text(path.read_text().replace("max_rows = 0", "max_rows = 40"))
+    config = settings(train_ppo, "--data", str(home / "data.jsonl"), *TEXT, "--max-rows", "8")
+    with pytest.raises(InputError, match="max_rows = 40, this run asks for 8"):
+        pipeline.ensure("train_sft.py", tmp_path / "sft", config)
+    config.trial = True
+    pipeline.ensure("train_sft.py", tmp_path / "sft", config)
+    assert "finished already, reused" in capsys.readouterr().out
 
 
 def test_a_missing_stage_is_made_with_the_same_data(home, tmp_path, monkeypatch, capsys):

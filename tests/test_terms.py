@@ -7,7 +7,7 @@ import torch
 
 from nanorlhf import metrics
 from nanorlhf.errors import InputError
-from nanorlhf.reward import RewardEnsemble, term_values
+from nanorlhf.reward import RewardEnsemble, call_reward, term_values
 from nanorlhf.run import RunFailed
 from nanorlhf.terms import RULES, Combination, Spread, Term, load_reward, needs_execution, parse_sum
 
@@ -117,7 +117,8 @@ def test_state_goes_through_json_and_back():
      [(0.7, "runs/reward"), (0.3, "execution"), (-0.05, "length"), (1, "syntax")]),
     ("-0.05*length", [(-0.05, "length")]), ("2 * syntax  +  1e-3*length", [(2, "syntax"), (0.001, "length")]),
     ("syntax - -2*length", [(1, "syntax"), (2, "length")]), ("a-b/c+d", [(1, "a-b/c+d")]),
-    ("- 0.5*length + syntax", [(-0.5, "length"), (1, "syntax")]),
+    ("- 0.5*length + syntax", [(-0.5, "length"), (1, "syntax")]), ("-length + syntax", [(-1, "length"), (1, "syntax")]),
+    ("+syntax", [(1, "syntax")]), ("- length", [(-1, "length")]), ("syntax + -length", [(1, "syntax"), (-1, "length")]),
     ("my.module:f - .5*other:g", [(1, "my.module:f"), (-0.5, "other:g")]),
 ])
 def test_parsing_a_sum(spec, terms):
@@ -134,12 +135,32 @@ def test_a_folder_with_a_strange_name_is_one_term(tmp_path, monkeypatch):
     ("syntax + ", "is no term"), ("0.5*", "is no term"), ("", "is no term"), ("syntax length", "is no term"),
     ("1.2.3*syntax", "'1.2.3' is no number"), ("syntax + syntax", "syntax is there twice"), ("2*3*syntax", "is no term"),
     ("syntx", "did you mean syntax?"), ("2*bleau", "did you mean bleu?"), ("execution", "needs rows with checks"),
-    ("0.5*execution + syntax", "needs rows with checks"), ("+syntax", "no folder"), ("+", "a sign alone"),
+    ("0.5*execution + syntax", "needs rows with checks"), ("+", "a sign alone"),
+    ("0.7runs/reward", "'0.7runs/reward' is no term; write weight*term"), ("0.5*(syntax + length)", "without brackets"), ("BLEU", "did you mean bleu?"),
 ])
 def test_what_is_no_sum_is_one_line(spec, words):
     with pytest.raises(InputError) as error:
         load_reward([spec])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_functions_that_cannot_be_a_reward(tmp_path, monkeypatch):
+    """Said when it is loaded, not by a traceback at the first score; what fails inside carries the reward's name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd_zq.py").write_text("def two(prompts, responses): return []\ndef named(*, prompts): return []\nnumber = 3\n"
+                                        "def boom(prompts, responses, references): return {}['oops']\n"
+                                        "def many(*columns): return [1.0] * len(columns[0])\n")
+    for name, words in (("two", "two(prompts, responses) cannot be called with (prompts, responses, references)"),
+                        ("named", "cannot be called with"), ("number", "number is of type int; name a function")):
+        with pytest.raises(InputError) as error:
+            load_reward([f"odd_zq:{name}"])
+        assert words in str(error.value)
+    assert call_reward(load_reward(["odd_zq:many"]), ["a"], ["b"]).tolist() == [1.0]
+    with pytest.raises(KeyError) as error:
+        call_reward(load_reward(["odd_zq:boom"]), ["a"], ["b"])
+    assert error.value.__notes__ == ["in the reward boom"]
+    with pytest.raises(InputError, match="--reward names syntax twice"):
+        load_reward(["syntax", "length", "syntax"])
 
 
 def test_execution_is_found_in_any_spec():
