@@ -341,7 +341,6 @@ def train(config):
             # 3. KL-shaped rewards.
             kl = kl_estimate(batch.logprobs, batch.ref_logprobs, config.kl_estimator)  # (B, R)
             rewards = shape_rewards(scores, kl, mask, controller.value)
-            summed = rewards.sum(1).mean().item()
             if config.whiten_rewards:
                 rewards = whiten(rewards, mask, center=False)
 
@@ -359,7 +358,7 @@ def train(config):
             # 6. KL controller, log, evaluate, save.
             log(step, {
                 "objective/score": scores.mean().item(), "objective/score_std": scores.std(unbiased=False).item(),
-                "objective/rewards": summed, "objective/kl_coef": controller.value,
+                "objective/rewards": rewards.sum(1).mean().item(), "objective/kl_coef": controller.value,
                 **reward_numbers(reward), **sampled, **stats,
                 "value/explained_variance": explained_variance(batch.values, returns, mask),
                 "lr": rate, "time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out})

@@ -420,6 +420,13 @@ def test_a_dry_run_finds_what_would_fail(home, tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------------------------- status
 
+def test_status_names_the_terms_of_a_sum():
+    """"eval/execution" (gold) and "eval/reward/execution" (a term) were both called execution."""
+    from nanorlhf.status import numbers
+    row = {"eval/execution": 0.5, "eval/reward/execution": 0.25, "objective/kl_coef": 0.2, "eval/exact_match": 1.0}
+    assert numbers(row, row) == "execution 0.5, reward/execution 0.25, kl coef 0.2, exact match 1"
+
+
 def test_status_of_a_finished_a_running_and_a_stopped_run(home, tmp_path, capsys):
     from nanorlhf.status import main as status
     assert status([str(home / "runs" / "ppo")]) == 0

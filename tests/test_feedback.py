@@ -563,6 +563,11 @@ def test_samples_are_the_different_answers_of_the_policy(home):
     assert feedback.sample(config, records, torch.device("cpu")) == wanted
 
 
+def test_a_ranking_that_is_none_names_its_option(home, capsys):
+    assert launch(f"--kind pairs --data prompts.jsonl {SAMPLED}", "a.jsonl", "--rank", "syntx + length") == 2
+    assert "--rank syntx: no folder and no term" in capsys.readouterr().err
+
+
 def test_pairs_ranked_by_a_reward_model(home):
     """Of a real policy's samples: the model's best score against its worst, both as the model says them."""
     assert launch(f"--kind pairs --rank ./reward --data prompts.jsonl {SAMPLED}", "a.jsonl") == 0

@@ -24,6 +24,7 @@ from torch import nn
 from nanorlhf import ops, pipeline, plots
 from nanorlhf.advantages import gae, shape_rewards
 from nanorlhf.config import options, parse, replace
+from nanorlhf.data import Record
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
@@ -398,8 +399,8 @@ def test_every_ppo_option_at_once(home, monkeypatch):
 
 
 def test_whitened_rewards(home, monkeypatch):
-    """What GAE sees: the KL-shaped rewards over their standard deviation, about their old mean: (r - m) / s + m. The log has them as
-    they were: score - kl_coef * KL."""
+    """What GAE sees: the KL-shaped rewards over their standard deviation, about their old mean: (r - m) / s + m. Their sum, and so
+    the log's objective/rewards, stays: score - kl_coef * KL."""
     seen, shaped, choose = [], [], train_ppo.choose
     monkeypatch.setattr(train_ppo, "shape_rewards", lambda *args: shaped.append(shape_rewards(*args)) or shaped[-1])
     monkeypatch.setattr(train_ppo, "choose", lambda *args: dataclasses.replace(choose(*args), gae=lambda rewards, values, mask, *rest: (
@@ -717,6 +718,29 @@ def test_eval_of_answers_made_elsewhere(home, checked, tmp_path, monkeypatch):
     again = [json.loads(line) for line in (tmp_path / "given" / "predictions.jsonl").read_text().splitlines()]
     assert [row["response"] for row in again if row["model"] == "made/predictions.jsonl"] == [row["response"] for row in rows]
     assert {row["mode"] for row in again} == {"given"}
+
+
+def test_predictions_of_one_split_are_not_anothers(tmp_path):
+    """Ids that each split counts from 0: the column `split`, where it is there, tells them apart."""
+    path = tmp_path / "answers.jsonl"
+    write_rows(path, [{"split": split, "id": n, "response": f"{split} {n}"} for split in ("validation", "test") for n in range(3)])
+    records = [Record(prompt=f"p{n}", reference="test 1", id=str(n)) for n in range(3)]
+    (rows,) = evaluation_script.read_predictions(str(path), "test", records)
+    assert [row["response"] for row in rows] == ["test 0", "test 1", "test 2"] and [row["exact_match"] for row in rows] == [0, 1, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
+def test_references_that_fail_their_own_checks_are_said(home, checked, tmp_path, capsys):
+    """A check that nothing passes makes execution worth nothing. Here none is so, then one check of every row."""
+    rows = [json.loads(line) for line in Path(checked).read_text().splitlines()]
+    for count in (0, len(rows)):
+        for row in rows[:count]:
+            row["checks"][1]["value"] = "'never'"
+        data = write_rows(tmp_path / f"{count}.jsonl", rows)
+        assert launch("train_reward", "--data", data, "--policy", str(home / "runs" / "sft"), "--out", str(tmp_path / f"reward{count}"), *TEXT,
+                      *REWARD) == 0
+        said = capsys.readouterr().out
+        assert ("references that fail their own checks: 60 of the 60 tried, such as" in said) == bool(count)
 
 
 def test_pass_at_k_by_hand(monkeypatch):
