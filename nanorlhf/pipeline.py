@@ -194,7 +194,7 @@ def report(folders, preset):
     rows = {name: title for name, title in evaluation.ROWS.items()
             if results[min(results)]["ppo"]["test"][splits[0]]["sampled"]["PPO"].get(name) is not None}
     lines = [*(line.format(seeds=", ".join(map(str, folders))) for line in HEADS[preset]), "",
-             f"{date.today()}, {platform.machine()} CPU, {os.cpu_count()} cores, Python {platform.python_version()}, torch {_torch_version()}."]
+             f"{date.today()}, {platform.machine()} CPU, {os.cpu_count()} cores, Python {platform.python_version()}, {_torch()}."]
     for split in splits:
         for mode in ("sampled", "greedy"):
             lines += ["", f"## {split}, {mode}", "", "| seed | policy | " + " | ".join(rows.values()) + " |",
@@ -226,9 +226,10 @@ def report(folders, preset):
     return "\n".join(lines) + "\n"
 
 
-def _torch_version():
+def _torch():
+    """Version and threads: with another number of threads sums round in another order, and runs go another way."""
     import torch
-    return torch.__version__
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def main(config):
