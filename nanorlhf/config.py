@@ -288,6 +288,8 @@ def _read_command_line(opts, argv, presets):
 def _read_values(opt, flag, values, positive):
     """The values that follow a flag -> the option's value."""
     if opt.is_list:
+        if not values and not opt.default:
+            raise InputError(f"{flag}: a value is missing; expected {opt.expects}")  # such as those of an unset shell variable
         unset = opt.optional and values == ["none"]
         return check_value(opt, None if unset else [_from_text(opt, text) for text in values], flag)
     if opt.kind is bool:

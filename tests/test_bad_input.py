@@ -492,9 +492,8 @@ bad("held-out rows that a policy was trained on", {"run/config.toml": SPLIT_7}, 
     "run was made with split_seed = 7, this run asks for 0", "ask for the same")
 bad("the same for a policy to start from", {"run/config.toml": SPLIT_7}, "train_ppo train_reward --data data.jsonl --policy run",
     "run was made with split_seed = 7", "ask for the same")
-bad("no policy to evaluate", {}, "eval --model", "--model: name at least one policy")
-bad("a temperature for answers that are there", {"answers.jsonl": ANSWERS}, "eval --model --predictions answers.jsonl --temperature 1",
-    "for policies that answer, but there are only --predictions", "leave out, or add --model")
+bad("no policy to evaluate", {}, "eval --predictions", "--predictions: a value is missing")
+bad("no reward to train on", {}, "train_ppo eval --reward", "--reward: a value is missing; expected a list")
 bad("answers without a response", {"answers.jsonl": [*ANSWERS, {"id": "2", "answer": "x"}]}, "eval --predictions answers.jsonl",
     "answers.jsonl:31: an answer needs id (or prompt) and response")
 bad("an answers file that is no JSON", {"answers.jsonl": "[1, 2\n"}, "eval --predictions answers.jsonl", "answers.jsonl:1")
@@ -772,10 +771,11 @@ def arguments(case):
     if case.command in ("check", "convert"):
         return [case.command, *shlex.split(case.rest)]
     words = shlex.split(f"{GOOD[case.command]} {TEXT}")
-    for flag in ("--model", "--reward"):  # lists, which must not be given twice
-        if case.command in ("eval", "train_ppo") and flag in words and flag in shlex.split(case.rest):
+    rest = shlex.split(case.rest)
+    for flag in ("--model", "--reward"):  # a list may be given once
+        if case.command in ("eval", "train_ppo") and flag in words and flag in rest:
             del words[words.index(flag):words.index(flag) + 2]
-    return words + shlex.split(case.rest)
+    return words + rest
 
 
 def launch(command, words):

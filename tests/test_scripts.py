@@ -720,6 +720,14 @@ def test_eval_of_answers_made_elsewhere(home, checked, tmp_path, monkeypatch):
     assert {row["mode"] for row in again} == {"given"}
 
 
+def test_eval_needs_policies_or_answers():
+    for words, message in (([], "--model: name at least one policy, such as --model runs/ppo, or answers with --predictions"),
+                           (["--predictions", "a.jsonl", "--temperature", "1"], "--temperature: for policies that answer, but there are only")):
+        with pytest.raises(InputError) as error:
+            parse(evaluation_script.Config, evaluation_script.PRESETS, words, exit_on_error=False)
+        assert message in str(error.value)
+
+
 def test_predictions_of_one_split_are_not_anothers(tmp_path):
     """Ids that each split counts from 0: the column `split`, where it is there, tells them apart."""
     path = tmp_path / "answers.jsonl"
