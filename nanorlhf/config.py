@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import tomllib
 import types
 import typing
@@ -183,7 +184,8 @@ def parse(cls, presets=None, argv=None, prog=None, exit_on_error=True):
     Errors: one line on stderr and exit code 2, or InputError with `exit_on_error=False`. `--help` prints and exits 0.
     """
     prog = prog or os.path.basename(sys.argv[0])
-    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if argv is None and mine:
         signal.signal(signal.SIGINT, _interrupted)
     argv = [str(token) for token in (sys.argv[1:] if argv is None else argv)]
     if "-h" in argv or "--help" in argv:
