@@ -450,7 +450,7 @@ def test_ctrl_c_while_modules_are_imported_is_a_line(tmp_path):
              "from dataclasses import dataclass\nfrom nanorlhf.config import option, parse\n"
              "@dataclass\nclass Config:\n    seed: int = option(0, 'a seed')\nparse(Config)\n")
     for then, code, error in (("import slow\n", 130, "train_x.py: SIGINT: interrupted; nothing was begun\n"),
-                              ("print('ready', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: sys.exit(7)\n", 7, "")):
+                              ("try:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt: sys.exit(7)\n", 7, "")):
         process = subprocess.Popen([sys.executable, "-c", begin + then], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
         assert process.stdout.readline() == "ready\n"
