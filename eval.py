@@ -290,7 +290,7 @@ def run_evaluation(config):
         tokenizer.check_fits(model.config.vocab_size, name)
 
     run = Run(config)
-    names, results = [*models, *config.predictions], {}
+    names, results = list(dict.fromkeys([*models, *config.predictions])), {}
     for split, records in held_out.items():
         counted, numbers, findings = {}, {}, {}
         for name in names:
