@@ -107,7 +107,7 @@ def read_predictions(path, split, records):
     for where, row in read_rows(Path(path)):
         if isinstance(row, InputError):
             raise row
-        key = row.get("id", row.get("prompt")) if isinstance(row, dict) else None
+        key = next((row[name] for name in ("id", "prompt") if row.get(name) not in (None, "")), None) if isinstance(row, dict) else None
         if key is None or not isinstance(row.get("response"), str):
             raise InputError(f"{where}: an answer needs id (or prompt) and response, as in eval.py's own predictions.jsonl")
         if row.get("split", split) == split:
@@ -198,7 +198,7 @@ def table(split, results, gains):
     """Markdown: a row a metric, a column a policy with its interval; then the differences to the first policy."""
     names = list(results)
     lines = [f"\n| {split} | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for metric in results[names[0]]:
+    for metric in dict.fromkeys(metric for numbers in results.values() for metric in numbers):
         if any(isinstance(results[name].get(metric), float) for name in names):
             lines.append(f"| {metric} | " + " | ".join(_cell(results[name], metric) for name in names) + " |")
     for name in names[1:]:

@@ -165,7 +165,7 @@ def rated(splits, config):
             raise InputError(f"{splits.source}: the logits of the row with prompt {r.prompt[:60]!r} are {len(r.logits)} numbers, not "
                              f"{config.human_feedback_dim}: give all rows as many, and say --human-feedback-dim {len(r.logits)}")
     mean, std = mean_and_std([r.rating for r in splits.train])
-    if len({r.rating for r in splits.train}) == 1:
+    if len({r.rating for r in splits.train}) == 1 and not config.max_rows and not config.ratings:
         raise InputError(f"{splits.source}: all training rows are rated {mean:g}: nothing tells a good response from a bad one")
     return [[{"id": r.id, "prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std, "feedback": r.logits}
              for r in rows] for rows in (splits.train, splits.validation)]

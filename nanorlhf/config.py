@@ -186,7 +186,7 @@ def parse(cls, presets=None, argv=None, prog=None, exit_on_error=True):
     prog = prog or os.path.basename(sys.argv[0])
     mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if argv is None and mine:
-        signal.signal(signal.SIGINT, _interrupted)
+        signal.signal(signal.SIGINT, interrupted_import)
     argv = [str(token) for token in (sys.argv[1:] if argv is None else argv)]
     if "-h" in argv or "--help" in argv:
         _print_help(help_text(cls, presets, prog))
@@ -200,7 +200,7 @@ def parse(cls, presets=None, argv=None, prog=None, exit_on_error=True):
         raise SystemExit(2) from None
 
 
-def _interrupted(signum, frame):
+def interrupted_import(signum, frame):
     """Ctrl-C as ever, but without a traceback through the import of torch, which takes its time after the options are read."""
     outer = frame
     while outer is not None:

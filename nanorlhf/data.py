@@ -346,9 +346,9 @@ def _checks(name, value, where):
             ast.literal_eval(expected)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise InputError(f"{where}: {name!r}: the value {_show(expected)} is no literal, such as [1, 'a']: write repr(value)") from None
-        for key, mode in (("setup", "exec"), ("expression", "eval")):
+        for key in ("setup", "expression"):
             try:
-                ast.parse(_text(key, check.get(key) or "0", where), mode=mode)
+                ast.parse(_text(key, check.get(key) or "0", where))
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
                 raise InputError(f"{where}: {name!r}: the {key} {_show(check[key])} is no Python ({error}); mend it") from None
     return checks

@@ -106,8 +106,8 @@ def check_policy(folder, config, *names):
 
 def run_of(folder):
     """The run that a folder is, or is a model of: runs/ppo of runs/ppo, runs/ppo/final and runs/ppo/checkpoints/step-10; else None."""
-    above = folder.parent if folder.name in ("final", "best") else folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    return above if (above / "config.toml").is_file() else None
+    above = [folder.parent] * (folder.name in ("final", "best")) + [folder.parent.parent] * (folder.parent.name == "checkpoints")
+    return next((each for each in [folder, *above] if (each / "config.toml").is_file()), None)
 
 
 # ---- The whole job on several seeds, as a report
@@ -157,6 +157,7 @@ def job(folder, seed, preset, data):
     """One seed: train_ppo.py, which makes its own stages, then the others from the same ones."""
     for stage, (_, _, script, options) in TUNED[preset].items():
         if (folder / stage / "results.json").is_file():
+            check_same(folder / stage, {"data": data})
             print(f"{folder / stage}: finished already, reused")
             continue
         words = [script, f"--preset={preset}", f"--data={data}", f"--out={folder / stage}", f"--seed={seed}", *options]

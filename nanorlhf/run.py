@@ -72,6 +72,8 @@ def main(body, config):
         raise Interrupted(signum, kept())
 
     before = signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
+    if signal.getsignal(signal.SIGINT) is configuration.interrupted_import:  # torch is there: from here on something may be lost
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         trial(body, config) if getattr(config, "dry_run", False) else body(config)
     except InputError as error:
@@ -236,10 +238,10 @@ def read_config(folder):
 
 def changes(config, folder):
     """What differs between a run folder's options and these, as ["lr: 0.1 there, 0.2 here"], options that may change left out."""
-    theirs, ours = read_config(folder), configuration.to_dict(config)
+    theirs, ours, defaults = read_config(folder), configuration.to_dict(config), configuration.options(type(config))
     found = []
     for name, value in ours.items():
-        there = theirs.get(name)
+        there = theirs.get(name, defaults[name].default)  # an option that is newer than the run
         there = None if there == "none" else there
         if name not in FREE and there != value:
             found.append(f"{name}: {there} there, {value} here")
@@ -366,10 +368,15 @@ class Run:
         """
         self.check_space(optimizer, copies=3 if self.resumed else 5)  # a checkpoint: weights and two moments; best; final
         numbers = checkpoint.load_state(self.resumed, optimizer) if self.resumed else None
-        if self.changed and numbers["step"] >= total_steps:
+        if self.changed and numbers["step"] > total_steps:
             self.close()
             raise InputError(f"--resume: {self.resumed} is at step {numbers['step']}, and these options ask for {total_steps}: ask for more, "
                              "or start anew with --overwrite")
+        for name, length in numbers["logged"].items() if numbers else ():
+            if length > ((self.folder / name).stat().st_size if (self.folder / name).is_file() else 0):
+                self.close()
+                raise InputError(f"{self.folder / name} is shorter than at {self.resumed}: it was changed since; put it back, or start "
+                                 "anew with --overwrite")
         partial = self.folder / ".progress.json.partial"
         partial.write_text(json.dumps({"total_steps": total_steps}) + "\n")
         os.replace(partial, self.folder / "progress.json")
@@ -377,15 +384,11 @@ class Run:
             return 0, {}
         for name, length in numbers["logged"].items():
             with open(self.folder / name, "ab") as file:
-                if file.tell() < length:
-                    self.close()
-                    raise InputError(f"{self.folder / name} is shorter than at {self.resumed}: it was changed since; put it back, or start "
-                                     "anew with --overwrite")
                 file.truncate(length)
         self.best_score, self.best_step, self.misses = (numbers[name] for name in ("best_score", "best_step", "misses"))
         self.best_score = -float("inf") if self.best_score is None else self.best_score
         self.earlier = numbers["seconds"]
-        if self.changed:  # the replay will not be the same: best/ may be of a later step, and is decided anew
+        if self.changed and numbers["step"] < total_steps:  # the replay will not be the same: best/ may be of a later step, and is decided anew
             self.best_score, self.misses = -float("inf"), 0
         self._save_config()
         return numbers["step"], numbers["extra"]

@@ -202,7 +202,7 @@ def parse_sum(spec):
     if not terms:
         raise InputError(f"--reward {spec}: a sign alone; put the whole sum into quotes, such as 'syntax - 0.05*length'")
     for _, name in terms:
-        if not name or re.search(r"[\s*()]", name) or re.match(r"\d[\d.]*[A-Za-z]", name) and not os.path.exists(name):
+        if not name or re.search(r"[\s*]", name) or re.search(r"[()]|^\d[\d.]*[A-Za-z]", name) and not os.path.exists(name):
             raise InputError(f"--reward {spec}: {name!r} is no term; write weight*term, without brackets, and a space on either side of + and -")
         if [other for _, other in terms].count(name) > 1:
             raise InputError(f"--reward {spec}: {name} is there twice; add up its weights")

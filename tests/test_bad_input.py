@@ -348,7 +348,7 @@ def checked(**changes):
 bad("a check's key misspelt", {"c.jsonl": checked(expresion="xs")}, "check c.jsonl", "c.jsonl:2: 'checks' has 'expresion'", "did you mean expression?")
 bad("a check's setup that is no Python", {"c.jsonl": checked(setup="xs = ")}, "check c.jsonl", "c.jsonl:2: 'checks': the setup 'xs = ' is no Python",
     "mend it")
-bad("a statement for a check's expression", {"c.jsonl": checked(expression="xs = 1")}, "check c.jsonl", "c.jsonl:2", "is no Python", "mend it")
+bad("a check's expression that is no Python", {"c.jsonl": checked(expression="xs +")}, "check c.jsonl", "c.jsonl:2", "is no Python", "mend it")
 bad("ratings of which some are missing", {"r.jsonl": [{"prompt": f"add {n} to xs", "response": "xs", "reference": f"xs + {n}",
                                                        **({"rating": n % 5} if n % 7 else {})} for n in range(30)]},
     "train_reward --data r.jsonl", "rows have no rating, such as that of", "rate all, or none")
@@ -488,6 +488,7 @@ bad("another template than the sampled run's", {}, "train_reward --data data.jso
 bad("another template than the evaluated run's", {}, "eval --model other-run", "other-run was made with template",
     "ask for the same")
 bad("the same by the folder of its model", {}, "eval --model other-run/final", "other-run was made with template", "ask for the same")
+bad("the same for a run named final", {"final/config.toml": 'template = "Q: {prompt}"\n'}, "eval --model final", "final was made with template", "ask for the same")
 bad("held-out rows that a policy was trained on", {"run/config.toml": SPLIT_7}, "eval --model run/final",
     "run was made with split_seed = 7, this run asks for 0", "ask for the same")
 bad("the same for a policy to start from", {"run/config.toml": SPLIT_7}, "train_ppo train_reward --data data.jsonl --policy run",

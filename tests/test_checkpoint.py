@@ -1,6 +1,7 @@
 """Checkpoints: folders whole or not at all, damage of every kind found, exact resume of all four trainers, signals."""
 import importlib
 import json
+import math
 import os
 import random
 import shutil
@@ -311,6 +312,18 @@ def test_a_run_cannot_be_made_shorter_than_it_is(home, tmp_path, capsys):
     assert "step-6 is at step 6, and these options ask for 5: ask for more" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert launch(home, "sft", out, "--resume") == 0
+    assert equal(tensors(home / "runs" / "sft" / "final"), tensors(out / "final"))
+
+
+def test_options_that_are_newer_than_a_run_are_no_change(home, tmp_path, capsys):
+    """A run made before an option existed had its default. Nor is one whose options leave it as long as it is: it ends."""
+    out = tmp_path / "sft"
+    interrupted(home, "sft", out, 10)
+    path = out / "config.toml"
+    path.write_text(path.read_text().replace("generation_batch_size = 256", ""))
+    assert launch(home, "sft", out, "--resume", "--micro-batch-size", "2", "--allow-config-change") == 0
+    assert "changed options: micro_batch_size: 3 there, 2 here\n" in capsys.readouterr().out
+    assert math.isfinite(json.loads((out / "results.json").read_text())["validation_loss"])
     assert equal(tensors(home / "runs" / "sft" / "final"), tensors(out / "final"))
 
 

@@ -1114,6 +1114,7 @@ def test_tests_that_ask_the_code_nothing_are_no_pass(box, entry):
     check = "def check(candidate):\n    assert candidate(3) == 3\n"
     assert box.check(wrong, [check, "check(f)"], entry).status == "failed" and box.check("def f(x): return x", [check + "check(f)"], entry).passed
     assert box.check("f = 3", ["assert f == 3"], entry).passed, "a plain value is an answer"
+    assert box.check("f = 3", [check], entry).status == box.check("f, k = 3, 4", [check], ["f", "k"]).status == "error", "if it is looked at"
     assert box.check(wrong, ["assert 1 + 1 == 2", "assert f(3) == -3"], entry).passed, "one that asks is enough"
     assert "SyntaxError" in box.check("x = (", ["assert 1 + 1 == 2"], None).detail
 
@@ -1121,8 +1122,10 @@ def test_tests_that_ask_the_code_nothing_are_no_pass(box, entry):
 def test_a_value_that_cannot_be_compared_is_named(box):
     outcome = box.check("import datetime\ndef f(): return datetime.date(2020, 1, 2)", ["assert f() == __import__('datetime').date(2020, 1, 2)"], "f")
     assert outcome.status == "failed" and "the code gave a date, which is no plain builtin and equals nothing here" in outcome.detail
-    outcome = box.check("def f(): return 1", ["assert f() == 2"], "f")
-    assert outcome.detail == "test 0: assert f() == 2"
+    outcome = box.check("def f(): return 1\ndef g(): return f", ["assert g() != None", "assert f() == 2"], ["f", "g"])
+    assert outcome.detail == "test 1: assert f() == 2"
+    for near in ("from unittest.mock import ANY", "class Any:\n    def __eq__(self, other): return True\nANY = Any()"):
+        assert box.check("def f(): return f", [f"{near}\nassert f() == ANY"], "f").passed, "the test's own == is asked"
     assert box.check("def f(): pass", ["d = {f: 1}\nassert d[f] == 1 and f == f and f != 1\nf()"], "f").passed
 
 

@@ -720,6 +720,11 @@ def test_eval_of_answers_made_elsewhere(home, checked, tmp_path, monkeypatch):
     assert {row["mode"] for row in again} == {"given"}
 
 
+def test_a_metric_that_only_a_later_policy_has_is_in_the_table():
+    shown = evaluation_script.table("test", {"a": {"x": 1.0, "intervals": {}}, "b": {"x": 2.0, "pass@2": 0.5, "intervals": {}}}, {"b": {}})
+    assert "| pass@2 | not computed | 0.500 |" in shown and "| x | 1.000 | 2.000 |" in shown
+
+
 def test_eval_needs_policies_or_answers():
     for words, message in (([], "--model: name at least one policy, such as --model runs/ppo, or answers with --predictions"),
                            (["--predictions", "a.jsonl", "--temperature", "1"], "--temperature: for policies that answer, but there are only")):
@@ -734,6 +739,9 @@ def test_predictions_of_one_split_are_not_anothers(tmp_path):
     write_rows(path, [{"split": split, "id": n, "response": f"{split} {n}"} for split in ("validation", "test") for n in range(3)])
     records = [Record(prompt=f"p{n}", reference="test 1", id=str(n)) for n in range(3)]
     (rows,) = evaluation_script.read_predictions(str(path), "test", records)
+    write_rows(tmp_path / "null.jsonl", [{"id": None, "prompt": f"p{n}", "response": f"test {n}"} for n in range(3)])
+    (same,) = evaluation_script.read_predictions(str(tmp_path / "null.jsonl"), "test", [dataclasses.replace(r, id=None) for r in records])
+    assert [row["response"] for row in same] == [row["response"] for row in rows], "eval.py writes such ids where rows have none"
     assert [row["response"] for row in rows] == ["test 0", "test 1", "test 2"] and [row["exact_match"] for row in rows] == [0, 1, 0]
 
 
@@ -785,6 +793,7 @@ def test_the_report_of_several_seeds(preset, tmp_path, monkeypatch):
         seed, model = int(folder.parent.name[5:]), "DPO" if folder.name == "dpo" else "PPO"
         for stage in ("sft", "reward", folder.name):
             (folder.parent / stage).mkdir(parents=True, exist_ok=True)
+            (folder.parent / stage / "config.toml").write_text(f'data = "{words[3].removeprefix("--data=")}"\n')
             (folder.parent / stage / "results.json").write_text(json.dumps({
                 "seconds": 7.0, "peak_memory_mb": 8, "validation": {"eval/accuracy": 0.9},
                 "test": {"test": {mode: {"SFT": numbers, model: numbers} for mode in ("sampled", "greedy")}}}))
@@ -803,6 +812,8 @@ def test_the_report_of_several_seeds(preset, tmp_path, monkeypatch):
     text = (tmp_path / "docs" / "R.md").read_text()
     pipeline.main(config)
     assert len(ran) == 6 and (tmp_path / "docs" / "R.md").read_text() == text
+    with pytest.raises(InputError, match="ppo was made with data = '(nano|conala)'"):  # not a report of other data than is named
+        pipeline.job(tmp_path / "seeds" / "seed-0", 0, preset, "other.jsonl")
     assert "seeds 0, 1." in text and "{" not in text and ("passes its checks |" in text) == (preset == "fast")
     assert text.count("\n| 1 | DPO |") == 2 and text.count("exact match (AST-equal) +0.750 [") == 6
     head, rule = (line for line in text.splitlines()[-4:-2])

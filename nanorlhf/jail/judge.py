@@ -91,8 +91,8 @@ class Remote:
         return self._remote[0].ask("getattr", self, name)
 
     def __eq__(self, other):
-        self._remote[0].note = f" (the code gave a {self._remote[2]}, which is no plain builtin and equals nothing here)"
-        return self is other
+        self._remote[0].note = f" (the code gave a {self._remote[2][:40]}, which is no plain builtin and equals nothing here)"
+        return self is other or NotImplemented
 
     __hash__ = object.__hash__
 
@@ -111,6 +111,11 @@ class _Names(dict):
     def __init__(self, session, entries):
         super().__init__({entry: session.ask("name", entry) for entry in entries or ()}, __name__="tests")
         self.session, self.all = session, entries is None
+        self.plain = {name for name, value in self.items() if name != "__name__" and not isinstance(value, Remote)}
+
+    def __getitem__(self, name):
+        self.session.asked += name in self.plain  # an answer that is there already
+        return super().__getitem__(name)
 
     def __missing__(self, name):
         if name in sys.stdlib_module_names:
@@ -124,15 +129,16 @@ def _walk_tests(session, job):
     """Run every test against the code; an exception ends it. Tests that never ask it for anything are no pass."""
     session.ask("load", job["code"])
     names = _Names(session, job["entries"])
-    idle = session.asked if all(isinstance(names[entry], Remote) for entry in job["entries"] or ()) else -1
+    loaded = session.asked
     for number, test in enumerate(job["tests"]):
+        session.note = ""
         try:
             exec(compile(test, f"<test {number}>", "exec", dont_inherit=True), names)
         except AssertionError as error:
             if hasattr(error, "said"):  # the code's own
                 raise
             session.stop("failed", f"test {number}{session.note}: {test}")
-    if session.asked == idle:
+    if session.asked == loaded:
         session.stop("error", "the tests never ask the code for anything: a function that is defined must also be called")
 
 
