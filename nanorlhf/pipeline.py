@@ -230,7 +230,7 @@ def report(folders, preset):
 def _torch():
     """Version and threads: with another number of threads sums round in another order, and runs go another way."""
     import torch
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, threads: {torch.get_num_threads()}"
 
 
 def main(config):
