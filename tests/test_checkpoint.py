@@ -353,9 +353,11 @@ def test_resume_where_there_is_nothing(home, tmp_path, capsys):
 def test_a_log_that_lost_lines_is_not_gone_on_with(home, tmp_path, capsys):
     out = tmp_path / "sft"
     interrupted(home, "sft", out, 4)
-    (out / "metrics.jsonl").write_text("")
+    (out / "metrics.jsonl").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert launch(home, "sft", out, "--resume") == 2
     assert "metrics.jsonl is shorter than at" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}, "refused, and nothing touched"
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from nanorlhf import config as configuration
 from nanorlhf import run as runs
 from nanorlhf.config import option, parse
 from nanorlhf.errors import InputError
@@ -83,6 +85,16 @@ def test_an_interrupted_training_can_be_resumed(monkeypatch, capsys, tmp_path):
         assert exit.value.code == 130 and f"train_x.py: SIGINT: interrupted; {promise}" in capsys.readouterr().err
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "config.toml").touch()
+
+
+def test_ctrl_c_in_an_import_of_the_body_is_an_interrupt_like_any_other():
+    """What `parse` sets for the import of torch says that nothing was begun: no longer true."""
+    before = signal.signal(signal.SIGINT, configuration.interrupted_import)
+    try:
+        main(lambda config: None, settings())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_success_returns_and_passes_the_config():
