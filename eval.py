@@ -69,9 +69,9 @@ from nanorlhf import plots
 from nanorlhf.checkpoint import step_folders
 from nanorlhf.data import open_data, read_rows
 from nanorlhf.encoder import Encoder
-from nanorlhf.evaluation import add_execution, add_rewards, answer, mean, open_sandbox, write_answers
+from nanorlhf.evaluation import add_execution, add_rewards, answer, answer_row, mean, open_sandbox, write_answers
 from nanorlhf.gpt2 import GPT2
-from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate, exact_match, pass_at_k
+from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate, pass_at_k
 from nanorlhf.metrics.bootstrap import corpus_bootstrap, paired_corpus_bootstrap
 from nanorlhf.metrics.counted import COUNTED
 from nanorlhf.metrics.honesty import assess
@@ -124,9 +124,7 @@ def read_predictions(path, split, records):
     if counts[0] < counts[-1]:
         raise InputError(f"--predictions {path}: {counts[0]} to {counts[-1]} answers a prompt: give each prompt as many")
     print(f"{path}: answers to {len(records)} prompts of {split}, {counts[0]} each; the file has those of {len(found)}")
-    return [[{"id": record.id, "prompt": record.prompt, "reference": record.reference, "response": response, "exact_match":
-              None if record.reference is None else float(exact_match(response, record.reference))}
-             for record, response in zip(records, sample)] for sample in zip(*answers)]
+    return [[answer_row(record, response) for record, response in zip(records, sample)] for sample in zip(*answers)]
 
 
 def read_targets(words):

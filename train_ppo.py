@@ -247,6 +247,14 @@ def make_stages(config, device, execution):
     return config.policy or str(beside / "sft"), reward, ", ".join(config.reward) or str(beside / "reward")
 
 
+def check_reward(reward, name, record):
+    """A reward that cannot score fails here, not at step 1, and before --overwrite takes effect."""
+    score = call_reward(reward, [record.prompt], [record.reference or ""], [record.reference])
+    if not score.isfinite().all() and not getattr(reward, "leaves_out", False):
+        raise InputError(f"--reward {name}: the score of the first training row is not finite; mend it, or leave such rows out of the "
+                         f"updates by writing it as a sum: --reward '1*{name}'")
+
+
 def train(config):
     checkpoint = check_run(config)
     device = pick_device(config.gpu, config.device)
@@ -260,10 +268,7 @@ def train(config):
     actor = PolicyWithValue.from_pretrained(checkpoint or folder).to(device)
     tokenizer.check_fits(reference.config.vocab_size, folder)
     reference.check_length(config.max_query + config.max_response)
-    first = splits.train[0]  # a reward that cannot score fails here, not at step 1, and before --overwrite takes effect
-    if not call_reward(reward, [first.prompt], [first.reference or ""], [first.reference]).isfinite().all() and not getattr(reward, "leaves_out", False):
-        raise InputError(f"--reward {reward_name}: the score of the first training row is not finite; mend it, or leave such rows out of the "
-                         f"updates by writing it as a sum: --reward '1*{reward_name}'")
+    check_reward(reward, reward_name, splits.train[0])
     queries, cut = encode_queries(tokenizer, [row.prompt for row in splits.train], config.template, config.max_query)
     print(f"data: {splits.source}; {len(queries)} training prompts" + (f", {cut} cut to {config.max_query} tokens" if cut else "")
           + f"\npolicy and reference: {folder}; reward: {reward_name}")

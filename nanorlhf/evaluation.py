@@ -61,11 +61,14 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
                                                     config.micro_batch_size, ops)
             columns["kl"] = ((logprobs - ref_logprobs) * response_mask).sum(1).tolist()
         for i, record in enumerate(some):
-            rows.append({"id": record.id, "prompt": record.prompt, "reference": record.reference,
-                         **{name: column[i] for name, column in columns.items()}})
-    for row in rows:
-        row["exact_match"] = None if row["reference"] is None else float(metrics.exact_match(row["response"], row["reference"]))
+            rows.append(answer_row(record, columns["response"][i]) | {name: column[i] for name, column in columns.items()})
     return rows
+
+
+def answer_row(record, response):
+    """What is known of an answer from its text: a dict with id, prompt, reference, response, exact_match (None without a reference)."""
+    match = None if record.reference is None else float(metrics.exact_match(response, record.reference))
+    return {"id": record.id, "prompt": record.prompt, "reference": record.reference, "response": response, "exact_match": match}
 
 
 def add_rewards(rows, reward):

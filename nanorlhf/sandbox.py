@@ -312,6 +312,7 @@ for layer, passes in {"seccomp": socket.socket,
 
 
 def main():
+    """Print the layers of this machine; exit code 2 where the mode asked for would not start."""
     parser = argparse.ArgumentParser(prog="python -m nanorlhf.sandbox", description="The walls that this machine has for generated code.")
     parser.add_argument("--mode", choices=MODES[:3], default="weak", help="exit with 2, and say what is missing, if this mode would not start")
     try:
