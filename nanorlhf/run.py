@@ -84,6 +84,9 @@ def main(body, config):
         _leave(config, signal.Signals(error.signum).name, error, 128 + error.signum)
     except KeyboardInterrupt:
         _leave(config, "SIGINT", kept(), 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python will flush what it still holds
+        _leave(config, "failed", "whatever read the output has ended, as head does; send it to a file", 1)
     except PermissionError as error:
         _leave(config, "error", f"{error.filename}: {error.strerror}; change its rights, or name another place", 2)
     except (RuntimeError, MemoryError) as error:
