@@ -135,7 +135,7 @@ from nanorlhf.masked import masked_var, whiten
 from nanorlhf.monitor import RAISED, Monitor, cures, distinct_n
 from nanorlhf.ops import TORCH, choose
 from nanorlhf.plots import plot_overoptimisation, plot_ppo, read_log
-from nanorlhf.reward import call_reward, term_values
+from nanorlhf.reward import RewardModel, call_reward, term_values
 from nanorlhf.rollout import hidden_states, roll_out
 from nanorlhf.run import (Run, RunFailed, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
@@ -384,7 +384,7 @@ def train(config):
     run.finish(save, **results, best_step=run.best_step, steps=step, leakage=leakage,
                alarms=[alarm._asdict() for alarm in alarms])
     plot_ppo(run.folder)
-    plot_overoptimisation(run.folder, monitor.eval_rows)
+    plot_overoptimisation(run.folder, monitor.eval_rows, "Learned reward" if isinstance(reward, RewardModel) else f"Reward: {reward_name}")
     print(f"{run.folder}/final is step {run.best_step}, the best by validation reward; {run.seconds():.0f} s")
 
 

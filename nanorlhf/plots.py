@@ -360,8 +360,8 @@ def plot_training(run_folder, path):
 
 # ---- Over-optimisation
 
-def plot_overoptimisation(run_folder, eval_rows=200):
-    """Write plots/overoptimisation.png of a run of train_ppo.py: learned and gold reward on validation against the KL.
+def plot_overoptimisation(run_folder, eval_rows=200, reward="Learned reward"):
+    """Write plots/overoptimisation.png of a run of train_ppo.py: its reward, by that name, and gold on validation against the KL.
 
     Both are changes since the first evaluation; the axis is the square root of the KL, as in Gao et al. 2022, figure 1.
     Where the first goes on rising and the second turns, the policy is over-optimised. Gold is the monitor's
@@ -383,7 +383,7 @@ def plot_overoptimisation(run_folder, eval_rows=200):
 
     def draw(axes, name):
         values = [found[name][step] for step in steps]
-        colour, title = (BLUE, "Learned reward") if name == "eval/reward" else (VERMILLION, f"Gold: {GOLD[name]}")
+        colour, title = (BLUE, reward) if name == "eval/reward" else (VERMILLION, f"Gold: {GOLD[name]}")
         _against_kl(axes, kl, [value - values[0] for value in values], steps, colour)
         axes.axvline(best, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.set_title(title, fontsize=10.5, fontweight="bold", loc="left", pad=17)

@@ -197,6 +197,9 @@ def check_run(config):
     A folder that holds a run is refused without --overwrite or --resume; with both it is resumed if its options are this
     run's, else replaced.
     """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(f"started as one of {processes} processes (WORLD_SIZE, as torchrun sets it), which would all do the same work: this "
+                         "runs in one process, on one GPU; start it with python, or unset WORLD_SIZE")
     out, overwrite, resume = Path(config.out), config.overwrite, getattr(config, "resume", False)
     check_free(out, overwrite or resume)
     if not resume:

@@ -521,6 +521,7 @@ bad("a GPU on a machine without", {}, f"{ALL} --gpu 0", "--gpu 0: torch", "sees 
     on=gpus(0))
 bad("CUDA on a machine without", {}, f"{ALL} --device cuda", "--device cuda: torch", "--device cpu runs on the CPU",
     on=gpus(0))
+bad("one of several processes", {}, ALL, "one of 2 processes", "start it with python", on=lambda patch: patch.setenv("WORLD_SIZE", "2"))
 bad("the third of two GPUs", {}, f"{ALL} --gpu 2", "--gpu 2: there are 2 CUDA devices, numbered from 0", on=gpus(2))
 bad("a negative GPU", {}, f"{ALL} --gpu -1", "--gpu: expected an integer >= 0")
 

@@ -430,9 +430,9 @@ def test_points_follow_the_steps_not_the_kl(drawn, tmp_path):
         return {"step": step, "eval/kl": kl, "eval/reward": reward, "eval/codebleu": gold}
     rows = [row(0, 0.0, 0.0), row(10, 4.0, 10.0), row(20, 1.0, 20.0), row(10, 2.0, 5.0), row(30, math.nan, 1.0, 0.9),
             {"step": 40, "eval/kl": 3.0, "eval/reward": 1.0}, {"step": 40, "objective/kl": 9.0}]
-    plot_overoptimisation(write_log(tmp_path, rows))
+    plot_overoptimisation(write_log(tmp_path, rows), reward="Reward: execution")
     assert drawn()[0].collections[0].get_offsets().tolist() == [[0, 0], [2, 5], [1, 20]]
-    assert drawn()[1].get_title(loc="left") == "Gold: CodeBLEU"
+    assert [axes.get_title(loc="left") for axes in drawn()] == ["Reward: execution", "Gold: CodeBLEU"]
 
 
 @pytest.mark.parametrize("missing", ["eval/kl", "eval/reward", "eval/exact_match", "all but one"])

@@ -64,7 +64,7 @@ def launch(script, *words, draw=False):
     with pytest.MonkeyPatch.context() as patch:
         if not draw:
             patch.setattr(module, script.replace("train", "plot"), lambda folder: None)
-            patch.setattr(module, "plot_overoptimisation", lambda folder, rows: None, raising=False)
+            patch.setattr(module, "plot_overoptimisation", lambda *what: None, raising=False)
         try:
             main(module.train, parse(module.Config, module.PRESETS, list(words), prog=f"{script}.py"))
         except SystemExit as exit:
