@@ -112,7 +112,7 @@ def examples(splits, policy, tokenizer, config, checkpoint=None):
         raise InputError(f"--ratings adds rated responses to pairs, but --data {config.data} is rated itself: put them into one file")
     found = pairs_of(splits, policy, tokenizer, config, checkpoint) if pairs else rated(splits, config)
     if config.ratings:
-        more, _ = open_data(replace(config, data=config.ratings, data_format="feedback", min_probability=None))
+        more, _ = open_data(replace(config, data=config.ratings, data_format="feedback", min_probability=None), beside=True)
         with naming(f"--ratings {config.ratings}"):
             check_leakage(Splits(more.train, splits.validation, splits.test, splits.extra), config.allow_overlap)
         prompts = {normalise(r.prompt) for r in splits.train}

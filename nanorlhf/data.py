@@ -40,6 +40,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from nanorlhf.config import asked
 from nanorlhf.errors import InputError, impostor, naming, nearest
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -92,7 +93,8 @@ class Record:
 
 @dataclass
 class Splits:
-    """The rows of each split; `extra` holds further test splits by name, `source` says in words where all come from."""
+    """The rows of each split; `extra` holds further test splits by name, `source` says in words where all come from, and `drawn`
+    names the splits that were split off train, having no file of their own."""
 
     train: list
     validation: list
@@ -100,6 +102,7 @@ class Splits:
     extra: dict = field(default_factory=dict)
     source: str = ""
     kind: str = ""
+    drawn: tuple = ()
 
     def named(self):
         """{name: rows} of all splits, extra ones last."""
@@ -108,7 +111,7 @@ class Splits:
     def head(self, count):
         """The first `count` rows of every split."""
         return Splits(self.train[:count], self.validation[:count], self.test[:count],
-                      {name: rows[:count] for name, rows in self.extra.items()}, f"{self.source}, the first {count} rows", self.kind)
+                      {name: rows[:count] for name, rows in self.extra.items()}, f"{self.source}, the first {count} rows", self.kind, self.drawn)
 
 
 def format_query(prompt, template="{prompt}\n"):
@@ -505,7 +508,8 @@ def load_splits(path, data_format="auto", validation=0.1, test=0.1, seed=0, min_
     if not os.path.isdir(path):  # os.path's says no, where Path's raises, to a name that is too long
         records, kind = _read(path, data_format, min_probability or 0.0, skip_bad_rows)
         with naming(path):
-            return Splits(*split(records, validation, test, seed), {}, f"{path}, split by prompt with seed {seed}", kind)
+            return Splits(*split(records, validation, test, seed), {}, f"{path}, split by prompt with seed {seed}", kind,
+                          ("validation", "test"))
     splits = _load_folder(path, data_format, {"validation": validation, "test": test}, seed, skip_bad_rows)
     if min_probability is not None:
         _add_mined(splits, path / CONALA_MINED, min_probability, skip_bad_rows)
@@ -522,12 +526,13 @@ def _load_folder(folder, data_format, shares, seed, skip_bad_rows):
     if len(kinds) > 1:
         raise InputError(f"{folder}: its files differ in format ({', '.join(sorted(kinds))}); keep one format a folder")
     wanted = {name: 0.0 if name in rows else share for name, share in shares.items()}
-    if any(wanted.values()):
-        source.append(f"{' and '.join(name for name in wanted if wanted[name])} split off train with seed {seed}")
+    drawn = tuple(name for name in wanted if wanted[name])
+    if drawn:
+        source.append(f"{' and '.join(drawn)} split off train with seed {seed}")
     with naming(folder):
         train, *off = split(rows.pop("train"), **wanted, seed=seed)
     held_out = [rows.pop(name, part) for name, part in zip(wanted, off)]
-    return Splits(train, *held_out, rows, f"{folder}: {', '.join(source)}", kinds.pop())
+    return Splits(train, *held_out, rows, f"{folder}: {', '.join(source)}", kinds.pop(), drawn)
 
 
 def _split_files(folder):
@@ -690,10 +695,14 @@ def check_leakage(splits, allow_overlap=False):
     return {"allow_overlap": allow_overlap, "overlap": overlap, "splits": reports}
 
 
-def open_data(config):
-    """(Splits, the leakage report) that a script's data options name."""
+def open_data(config, beside=False):
+    """(Splits, the leakage report) that a script's data options name. Options of splits that the data brings itself are refused, but
+    not where it stands `beside` other data, which may want them."""
     splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
                          config.min_probability, config.skip_bad_rows)
+    idle = {"validation", "test"} - {*splits.drawn} | (set() if splits.drawn else {"split_seed"})
+    if not beside and (flags := asked(config, *sorted(idle))):
+        raise InputError(f"{flags}: {config.data} has files of its own for what these would split off: leave out")
     leakage = check_leakage(splits, config.allow_overlap)
     return splits.head(config.max_rows) if config.max_rows else splits, leakage
 

@@ -373,6 +373,10 @@ bad("test rows alone", {"set/test.csv": "prompt\np\n"}, "check set", "set: no tr
     "name the files")
 bad("a format that does not exist", {}, "check data.jsonl --data-format preferences",
     "--data-format preferences: no such format", "did you mean preference?")
+WHOLE = {f"d/{name}.json": [f"add {name} {n} to xs" for n in range(9)] for name in ("train", "validation", "test")}
+bad("a seed for splits that are there", WHOLE, "train_ppo eval --data d --split-seed 3", "--split-seed: d has files of its own", "leave out")
+bad("a share of rows for a split that is there", {name: WHOLE[name] for name in ("d/train.json", "d/test.json")},
+    "train_ppo eval --data d --validation 0.5 --split-seed 3 --test 0.2", "error: --test: d has files of its own", "leave out")
 bad("a probability for rows without one", {}, f"{TRAIN} --data data.jsonl --min-probability 0.5",
     "--min-probability is for conala-mined rows, not for reference", "leave it out")
 bad("no row of that probability", {"rows.jsonl": [{"intent": "i", "snippet": "s", "prob": 0.2}]},

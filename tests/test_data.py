@@ -236,6 +236,7 @@ def test_a_folder_without_validation_splits_it_off_train_only(tmp_path):
     splits = load_splits(tmp_path, validation=0.25)
     assert [len(splits.train), len(splits.validation), splits.test] == [15, 5, [Record("t")]]
     assert splits.source.endswith("train.json, test.json, validation split off train with seed 0")
+    assert splits.drawn == splits.head(1).drawn == ("validation",) and load_splits(tmp_path / "train.json").drawn == ("validation", "test")
 
 
 @pytest.mark.parametrize("files, reason", [
