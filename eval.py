@@ -36,7 +36,7 @@ class Config(SandboxOptions, DataOptions, RunOptions):
     top_k: int = option(0, "sample among the k likeliest tokens; 0: all", at_least=0)
     top_p: float = option(1.0, "sample among the likeliest tokens of this probability; 1: all", above=0, at_most=1)
     samples: int = option(1, "answers to each prompt, for pass@k; the other metrics are those of the first", at_least=1)
-    reward: list[str] = option([], "reward to score the answers with, as for train_ppo.py", metavar="REWARD")
+    reward: list[str] = option([], "reward to score the answers with, as for train_ppo.py: of several the mean, terms as they are", metavar="REWARD")
     encoder: str = option("", "encoder for BERTScore, a folder or a name; empty: no BERTScore", metavar="FOLDER_OR_NAME")
     targets: list[str] = option(DEFAULT_TARGETS, "metrics and the values to reach, as metric=value", metavar="METRIC=VALUE")
     batch_size: int = option(128, "prompts answered at once", at_least=1)
@@ -103,24 +103,31 @@ def policies(config):
 def read_predictions(path, split, records):
     """Answers made elsewhere to these records: a list of samples, each a list of rows as `answer` makes them, without what only the
     policy knows. InputError for a row without response, a prompt without answer, and prompts with more answers than others."""
-    found, models = {}, set()
+    found, models, by_id = {}, set(), {str(record.id): record for record in records if record.id}
     for where, row in read_rows(Path(path)):
         if isinstance(row, InputError):
             raise row
-        key = next((row[name] for name in ("id", "prompt") if row.get(name) not in (None, "")), None) if isinstance(row, dict) else None
-        if key is None or not isinstance(row.get("response"), str):
+        names = {name: str(row[name]) for name in ("id", "prompt") if row.get(name) not in (None, "")} if isinstance(row, dict) else {}
+        if not names or not isinstance(row.get("response"), str):
             raise InputError(f"{where}: an answer needs id (or prompt) and response, as in eval.py's own predictions.jsonl")
         if row.get("split", split) == split:
+            record = by_id.get(names.get("id"))
+            if record and names.get("prompt", record.prompt) != record.prompt:
+                raise InputError(f"{where}: its id {record.id} is that of the prompt {record.prompt[:60]!r}, not of {names['prompt'][:60]!r}: leave "
+                                 "one of them out")
+            key = record.id if record else names.get("prompt")
             found.setdefault(str(key), []).append(row["response"])
             models.add(str(row.get("model", path)))
     if len(models) > 1:
         raise InputError(f"--predictions {path}: answers of {len(models)} models ({', '.join(sorted(models))}): make a file of each")
-    answers = [found.get(record.id) or found.get(record.prompt) or [] for record in records]
+    keys = [str(record.id) if str(record.id) in found else record.prompt for record in records]
+    if missing := [record for record, key in zip(records, keys) if key not in found]:
+        raise InputError(f"--predictions {path}: no answer to {len(missing)} of {len(records)} prompts of {split}, such as "
+                         f"{missing[0].id or missing[0].prompt[:60]!r}: add them, or evaluate fewer --rows")
+    answers = [found[key] for key in keys]
+    if len({*map(len, answers)}) > 1:  # rows without ids that share a prompt, as CoNaLa has: each has its own answers, in the file's order
+        answers = [found[key][keys[:i].count(key)::keys.count(key)] for i, key in enumerate(keys)]
     counts = sorted(map(len, answers))
-    if not counts[0]:
-        first = records[answers.index([])]
-        raise InputError(f"--predictions {path}: no answer to {answers.count([])} of {len(records)} prompts of {split}, such as "
-                         f"{first.id or first.prompt[:60]!r}: add them, or evaluate fewer --rows")
     if counts[0] < counts[-1]:
         raise InputError(f"--predictions {path}: {counts[0]} to {counts[-1]} answers a prompt: give each prompt as many")
     print(f"{path}: answers to {len(records)} prompts of {split}, {counts[0]} each; the file has those of {len(found)}")
@@ -161,8 +168,12 @@ def counts(rows):
 
 
 def of_rows(rows):
-    """OF_ROWS, and pass@k as far as the rows carry it."""
-    return [*OF_ROWS, *(name for name in (rows[0] if rows else ()) if name.startswith("pass@"))]
+    """The metrics that the rows themselves carry: OF_ROWS, and the terms of a sum and pass@k where they are."""
+    return list(dict.fromkeys([*OF_ROWS, *filter(_of_rows, rows[0] if rows else ())]))
+
+
+def _of_rows(name):
+    return name in OF_ROWS or name.startswith(("reward/", "pass@"))
 
 
 def _listed(rows):
@@ -176,6 +187,9 @@ def score(rows, counted):
     numbers = {name: mean(rows, name) for name in of_rows(rows) if name != "bertscore"} | evaluate(*texts(rows), executes=executes)
     if numbers["execution_accuracy"] is None:
         numbers["reasons"]["execution_accuracy"] = "the rows have no checks, or there is no sandbox to run them in"
+    if left_out := sum("reward" in row and row["reward"] is None for row in rows):
+        numbers["left_out"] = left_out
+        numbers["reasons"]["reward"] = f"{left_out} of {len(rows)} answers could not be scored"
     if any(row.get("bertscore") is not None for row in rows):
         for name in ("bertscore", "bertscore_precision", "bertscore_recall"):
             numbers[name] = mean(rows, name)
@@ -187,9 +201,15 @@ def score(rows, counted):
 
 
 def differences(first, other):
-    """{metric: {"difference", "low", "high", "p"}} of other - first, on the same prompts."""
-    return {name: dict(zip(("difference", "low", "high", "p"), paired_corpus_bootstrap(other[name][0], first[name][0], first[name][1])))
-            for name in first if name in other}
+    """{metric: {"difference", "low", "high", "p"}} of other - first, on the prompts for which both have a value."""
+    found = {}
+    for name in first.keys() & other.keys():
+        pairs = list(zip(other[name][0], first[name][0]))
+        if _of_rows(name):
+            pairs = [pair for pair in pairs if pair[0][1] and pair[1][1]]
+        if pairs:
+            found[name] = dict(zip(("difference", "low", "high", "p"), paired_corpus_bootstrap(*zip(*pairs), first[name][1])))
+    return {name: found[name] for name in first if name in found}
 
 
 def table(split, results, gains):

@@ -11,7 +11,7 @@ Each step, with the numbers of the algorithm box in the README:
 
 Deviations from lm-human-preferences, by default: kl_coef stays fixed (--kl-target steers it), temperature 1, 2 epochs, rewards not
 whitened (--whiten-rewards), advantages whitened once a batch rather than once a minibatch, gradients clipped, responses end at EOS
-and a missing one costs nothing (--missing-eos-penalty), and the model kept is the best by validation reward. As there, policy and
+and a missing one costs nothing (--missing-eos-penalty), and the model kept is the best by validation score (the reward, clipped and penalised as in training). As there, policy and
 value head share a transformer.
 Stages that are missing are made first: SFT in `sft` and the reward model in `reward`, beside --out.
 
@@ -36,7 +36,8 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
                                "- 0.01*length' (terms: see nanorlhf/terms.py); several make an ensemble; empty: the reward stage",
                                group="Reward", metavar="REWARD")
     term_clip: float | None = option(None, "bound on the size of each term of a sum, before its weight", above=0)
-    normalise_terms: bool = option(False, "bring each term of a sum to mean 0 and variance 1 over the responses so far")
+    normalise_terms: bool = option(False, "bring each term of a sum to mean 0 and variance 1: in training over the responses so far, in "
+                                  "evaluations over those of the first policy, so that these can be compared")
     combine: str = option("mean", "how several rewards become one", choices=("mean", "min", "mean-std"))
     score_clip: float | None = option(None, "clip scores to plus or minus this", above=0)
     missing_eos_penalty: float | None = option(None, "for a response cut before EOS: the score it gets, or what is taken off")
@@ -71,7 +72,7 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     eval_every: int = option(5, "evaluate on validation prompts every so many steps", group="Evaluation", at_least=1)
     eval_rows: int = option(200, "validation prompts answered", at_least=1)
     save_steps: int = option(10, "write checkpoints/step-N every so many steps; 0: only where a signal ends the run", at_least=0, group="Run")
-    patience: int = option(0, "stop after so many evaluations without a better validation reward; 0: never", at_least=0)
+    patience: int = option(0, "stop after so many evaluations without a better validation score; 0: never", at_least=0)
     on_alarm: str = option("warn", "when the monitor sees over-optimisation, collapse or divergence: say so; also stop; or also raise kl_coef "
                            "by half where that is the cure", choices=("warn", "stop", "raise-kl"))
 
@@ -164,6 +165,14 @@ def final_scores(scores, ended, config):
     return torch.where(ended, scores, penalised)
 
 
+def mean_score(rows, config):
+    """The mean of `final_scores` over answers that have a reward, as `add_rewards` leaves them: what training would make of them."""
+    rows = [row for row in rows if row["reward"] is not None]
+    if not rows:
+        return None
+    return final_scores(torch.tensor([row["reward"] for row in rows]), torch.tensor([row["ended"] for row in rows]), config).mean().item()
+
+
 def update(actor, optimizer, batch, advantages, returns, config, step, ids=(), ops=TORCH):
     """Step 5: epochs of minibatches. Returns the mean of each statistic over the optimiser steps taken."""
     sums, taken, generator = {}, 0, stream(config.seed, "minibatches", step)
@@ -247,12 +256,18 @@ def make_stages(config, device, execution):
     return config.policy or str(beside / "sft"), reward, ", ".join(config.reward) or str(beside / "reward")
 
 
-def check_reward(reward, name, record):
-    """A reward that cannot score fails here, not at step 1, and before --overwrite takes effect."""
-    score = call_reward(reward, [record.prompt], [record.reference or ""], [record.reference])
-    if not score.isfinite().all() and not getattr(reward, "leaves_out", False):
-        raise InputError(f"--reward {name}: the score of the first training row is not finite; mend it, or leave such rows out of the "
+def check_reward(reward, name, splits, config):
+    """A reward that cannot score fails here, on reference answers, not at step 1, and before --overwrite takes effect."""
+    def score(records):
+        return call_reward(reward, [r.prompt for r in records], [r.reference or "" for r in records], [r.reference for r in records])
+
+    scores, leaves_out = score((splits.train * 2)[:5]), getattr(reward, "leaves_out", False)
+    if scores.isinf().any() or scores.isnan().any() and not leaves_out:
+        raise InputError(f"--reward {name}: the scores of the first training rows are not finite; mend it, or leave such rows out of the "
                          f"updates by writing it as a sum: --reward '1*{name}'")
+    if leaves_out and score(splits.validation[:config.eval_rows]).isnan().all():
+        raise InputError(f"--reward {name}: no validation row can be scored; a metric needs references, execution needs checks, and a function may "
+                         "say NaN for some rows, but not for all")
 
 
 def train(config):
@@ -268,7 +283,7 @@ def train(config):
     actor = PolicyWithValue.from_pretrained(checkpoint or folder).to(device)
     tokenizer.check_fits(reference.config.vocab_size, folder)
     reference.check_length(config.max_query + config.max_response)
-    check_reward(reward, reward_name, splits.train[0])
+    check_reward(reward, reward_name, splits, config)
     queries, cut = encode_queries(tokenizer, [row.prompt for row in splits.train], config.template, config.max_query)
     print(f"data: {splits.source}; {len(queries)} training prompts" + (f", {cut} cut to {config.max_query} tokens" if cut else "")
           + f"\npolicy and reference: {folder}; reward: {reward_name}")
@@ -284,7 +299,8 @@ def train(config):
     if step and config.normalise_terms:
         reward.restore(resumed.get("reward", {}))
     gold_rows = splits.validation[:config.eval_rows]
-    monitor, alarms = Monitor(sum(box is not None and bool(r.checks) for r in gold_rows) or len(gold_rows), config.kl_target), []
+    monitor, alarms = Monitor(sum(box is not None and bool(r.checks) for r in gold_rows) or len(gold_rows), config.kl_target,
+                              repeat=config.on_alarm == "raise-kl"), []
     if step:
         alarms += monitor.replay(read_log(run.folder / "metrics.jsonl"))
 
@@ -309,9 +325,10 @@ def train(config):
         if config.normalise_terms and step == 0:
             reward.start(*([row[name] for row in rows] for name in ("prompt", "response", "reference")))
         numbers = summary(add_execution(add_rewards(rows, reward), records, box))
+        numbers["score"] = mean_score(rows, config)
         log(step, {"temperature": config.temperature, **known(numbers)})
         run.samples(step, rows[:5])
-        run.keep_best(step, numbers["reward"], save)
+        run.keep_best(step, numbers["score"], save)
         tqdm.write(f"step {step}: validation {in_words(numbers)}")
 
     if not step:
@@ -370,7 +387,8 @@ def train(config):
                 "lr": rate, "time/rollout": rolled_out - started, "time/update": time.perf_counter() - rolled_out})
             controller.update(sampled["objective/kl"], config.batch_size)
             bar.update()
-            bar.set_postfix(loss=f"{stats['loss/total']:.3f}", reward=f"{scores.mean():.2f}", kl=f"{sampled['objective/kl']:.2f}")
+            bar.set_postfix(loss=f"{stats['loss/total']:.3f}", reward=f"{scores.mean():.2f}", kl=f"{sampled['objective/kl']:.2f}",
+                            **({"left_out": left_out} if left_out else {}))
             if step % config.eval_every == 0 or step == config.steps:
                 evaluate(step)
             run.end_step(step, save, optimizer, kl_coef=controller.value, asked_kl_coef=config.kl_coef,
@@ -385,7 +403,9 @@ def train(config):
                alarms=[alarm._asdict() for alarm in alarms])
     plot_ppo(run.folder)
     plot_overoptimisation(run.folder, monitor.eval_rows, "Learned reward" if isinstance(reward, RewardModel) else f"Reward: {reward_name}")
-    print(f"{run.folder}/final is step {run.best_step}, the best by validation reward; {run.seconds():.0f} s")
+    if any(alarm.name == "gold" for alarm in alarms):
+        print(monitor.gold_words(run.best_step))
+    print(f"{run.folder}/final is step {run.best_step}, the best by validation score; {run.seconds():.0f} s")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def rated(splits, config):
             raise InputError(f"{splits.source}: the logits of the row with prompt {r.prompt[:60]!r} are {len(r.logits)} numbers, not "
                              f"{config.human_feedback_dim}: give all rows as many, and say --human-feedback-dim {len(r.logits)}")
     mean, std = mean_and_std([r.rating for r in splits.train])
-    if len({r.rating for r in splits.train}) == 1 and not config.max_rows and not config.ratings:
+    if len({r.rating for r in splits.train}) == 1 and not config.max_rows:
         raise InputError(f"{splits.source}: all training rows are rated {mean:g}: nothing tells a good response from a bad one")
     return [[{"id": r.id, "prompt": r.prompt, "response": r.response, "rating": (r.rating - mean) / std, "feedback": r.logits}
              for r in rows] for rows in (splits.train, splits.validation)]
@@ -178,7 +178,8 @@ def has_feedback(rows):
 
 def mean_and_std(values):
     values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), max(values.std(unbiased=False).item(), 1e-6)
+    std = values.std(unbiased=False).item()
+    return values.mean().item(), std if std > 1e-6 else 1.0
 
 
 def batch_loss(model, rows, config, feedback=True):

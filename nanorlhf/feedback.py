@@ -111,7 +111,7 @@ import os
 import random
 import signal
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -127,7 +127,7 @@ from nanorlhf.metrics.execution import run_checks
 from nanorlhf.mutations import each, identifiers, mutations_of, passing, row_names
 from nanorlhf.pipeline import check_policy
 from nanorlhf.reward import call_reward
-from nanorlhf.terms import RULES, ExecutionReward, load_reward, needs_execution
+from nanorlhf.terms import AGAINST_REFERENCE, RULES, ExecutionReward, load_reward, needs_execution, parse_sum
 from nanorlhf.tokenizer import Tokenizer, pad
 
 
@@ -260,16 +260,25 @@ def ranking(config, records, device, box):
         near = nearest(config.rank, ("execution", *METRIC_NAMES))
         hint = f"did you mean {near}?" if near else f"the metrics are {', '.join(METRIC_NAMES)}"
         raise InputError(f"--rank {config.rank}: no metric, folder or rule of that name; {hint}")
-    try:
+    with of_rank():
+        if {name for _, name in parse_sum(config.rank)} & AGAINST_REFERENCE.keys() and not any(record.reference for record in records):
+            raise InputError(f"--rank {config.rank}: the rows of --data {config.data} have no reference to go by")
         reward = load_reward([config.rank], device=device, execution=box and ExecutionReward(box, records))
-    except InputError as error:
-        raise InputError(str(error).replace("--reward", "--rank")) from None
 
     def scores(codes, rows):
         found = call_reward(reward, [record.prompt for record in rows], codes, [record.reference for record in rows])
         check_finite(found, rows, f"--rank {config.rank}", left_out=getattr(reward, "leaves_out", False))
         return [None if math.isnan(score) else score for score in found.tolist()]
     return scores
+
+
+@contextmanager
+def of_rank():
+    """What is said of --reward is said of --rank here."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("--reward", "--rank")) from None
 
 
 def _score(metric, code, reference):
@@ -413,7 +422,8 @@ MAKERS = {"ratings": rating_rows, "pairs": ranked_rows, "mutations": mutation_ro
 def sandbox(config, splits, records):
     """An open sandbox where code is to be run, else None; also where only comments need one, and none can be had."""
     if config.kind == "pairs":
-        return open_sandbox(config, splits, needed=True) if needs_execution([config.rank]) else None
+        with of_rank():
+            return open_sandbox(config, splits, needed=True) if needs_execution([config.rank]) else None
     checked = any(record.checks for record in records) and config.sandbox != "off"
     return open_sandbox(config, splits, needed=checked and config.kind == "mutations")
 
@@ -426,6 +436,8 @@ def make(config):
     splits, _ = open_data(config)
     named = splits.named()
     records = named[config.split] if config.split != "all" else [record for rows in named.values() for record in rows]
+    others = sum(map(len, named.values())) - len(records)
+    print(f"data: {splits.source}; {len(records)} rows of {config.split}" + (f", {others} rows are in other splits (--split)" if others else ""))
     device = None if config.kind == "mutations" else run.pick_device(config.gpu, config.device)
     with sandbox(config, splits, records) or nullcontext() as box:
         rows, words = MAKERS[config.kind](config, records, device, box)

@@ -243,8 +243,10 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """Hidden states (..., C) to logits (..., V)."""
-        return F.linear(hidden, self.output_weight)
+        """Hidden states (..., C) to logits (..., V), in the weights' precision under autocast too: GPT-2's logits lie at -30 to -100,
+        where bfloat16 has steps of 0.25 and 0.5, and no softmax can undo that."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.output_weight.dtype), self.output_weight)
 
     @property
     def output_weight(self):

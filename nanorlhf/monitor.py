@@ -11,7 +11,8 @@ Two kinds of alarm:
 - `gold`: the learned reward rises while the gold one falls (Gao et al. 2022, "Scaling Laws for Reward Model
   Overoptimization"). Gold is what the reward model stands in for, measured on validation rows (`gold_metric`).
 
-An alarm is given once, when it begins, and again only after REST looks without it. A monitor knows nothing but the rows
+An alarm is given once, when it begins, and again only after REST looks without it; with `repeat` also after every REST looks
+that it holds, so that what is done about it is done again. A monitor knows nothing but the rows
 it saw: after a resume `replay` makes it what it was, from the log. To raise the KL penalty: `kl_coef *= RAISED` for
 every alarm that `cures` approves, which a kl_coef of 0 ignores. No torch here: any loop can feed a monitor.
 """
@@ -168,13 +169,14 @@ class Monitor:
     """Sees every row of the log and says when trouble begins.
 
     Args: eval_rows, how many validation rows the gold metric is the mean of; kl_target, that of the KL controller, or
-        None; bands, {name: Band}, in which kl_target sets those of the KL.
+        None; bands, {name: Band}, in which kl_target sets those of the KL; repeat, whether an alarm that holds is given again.
     """
 
-    def __init__(self, eval_rows, kl_target=None, bands=BANDS):
+    def __init__(self, eval_rows, kl_target=None, bands=BANDS, repeat=False):
         self.eval_rows, self.bands = eval_rows, bands if kl_target is None else {**bands, **kl_bands(kl_target)}
         self.history = {band.metric: [] for band in self.bands.values()}  # [(step, value)]
-        self.evaluations, self.silent = [], {}  # rows of evaluations; {name: looks since the alarm last held}
+        self.evaluations, self.repeat = [], repeat  # rows of evaluations
+        self.silent, self.held = {}, {}  # {name: looks since the alarm last held}, {name: looks that held since it was given}
 
     def see(self, step, numbers):
         """The alarms that begin with this row. Args: numbers, {metric: value}; a metric that is missing or not finite
@@ -190,10 +192,20 @@ class Monitor:
         return [Alarm(name, step, f"step {step}: {why}") for name, why in found.items() if self._begins(name, why)]
 
     def _begins(self, name, wrong):
-        """Whether an alarm begins, which needs REST looks without it before."""
-        looks = self.silent.get(name, REST)
+        """Whether an alarm begins, which needs REST looks without it before; or is repeated."""
+        looks, self.held[name] = self.silent.get(name, REST), self.held.get(name, 0) + bool(wrong)
         self.silent[name] = 0 if wrong else looks + 1
-        return bool(wrong) and looks >= REST
+        given = bool(wrong) and (looks >= REST or self.repeat and self.held[name] > REST)
+        if given:
+            self.held[name] = 1
+        return given
+
+    def gold_words(self, step):
+        """Where gold was best among the evaluations, against a step."""
+        gold = gold_metric(self.evaluations, self.eval_rows)
+        values = {row["step"]: row[gold] for row in self.evaluations if gold in row}
+        best = max(values, key=values.get)
+        return f"{GOLD[gold]} was best at step {best}: {values[best]:.3f}" + (f", against {values[step]:.3f} at step {step}" if step in values else "")
 
     def replay(self, rows):
         """See the rows of a log again; returns the alarms of then. Rows without known metrics change nothing."""

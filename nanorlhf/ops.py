@@ -100,7 +100,8 @@ def linear_token_logprobs(hidden, weight, targets, temperature=1.0):
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
 
     def rows(part):
-        return token_logprobs(flat[part] @ weight.T, wanted[part], temperature)
+        with torch.autocast(flat.device.type, enabled=False):  # as GPT2.logits, which says why
+            return token_logprobs(flat[part].to(weight.dtype) @ weight.T, wanted[part], temperature)
 
     parts = _parts(len(flat), len(weight) // 8 + 1) or [slice(0)]
     found = [checkpoint(rows, part, use_reentrant=False) for part in parts]

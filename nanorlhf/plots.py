@@ -30,11 +30,13 @@ REWARD = [
     ("Loss", "Bradley–Terry or squared error", {"loss": "train", "eval/loss": "validation"}),
     ("Accuracy", "share of pairs with chosen above rejected", {"accuracy": "train", "eval/accuracy": "validation"}),
     ("Margin", "mean of score(chosen) - score(rejected)", {"margin": "train", "eval/margin": "validation"}),
+    ("Error", "of ratings, in their standard deviations", {"error": "train", "eval/error": "validation",
+                                                           "eval/error_with_feedback": "with people's logits"}),
     ("Gradient norm", "before clipping", {"grad_norm": "train"}),
     ("Learning rate", "of AdamW", {"lr": "train"}),
 ]
 PPO = [
-    ("Reward", "mean score of the responses", {"objective/score": "train", "eval/reward": "validation"}),
+    ("Score", "mean of the responses, with clip and penalty", {"objective/score": "train", "eval/score": "validation"}),
     ("Exact match", "share of answers equal as syntax trees", {"eval/exact_match": "validation"}),
     ("Execution", "share of answers that pass their checks", {"eval/execution": "validation"}),
     ("CoNaLa BLEU", "official script, 0 to 100", {"eval/conala_bleu": "validation"}),

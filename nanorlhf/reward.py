@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +19,7 @@ from nanorlhf.data import format_query
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError, naming
 from nanorlhf.gpt2 import GPT2, GPT2Config
+from nanorlhf.run import RunFailed
 from nanorlhf.sequences import join
 from nanorlhf.tokenizer import Tokenizer
 
@@ -325,6 +327,9 @@ class RewardEnsemble:
 
     def __call__(self, prompts, responses, references=None):
         scores = torch.stack([call_reward(reward, prompts, responses, references).cpu() for reward in self.rewards])  # (M, B)
+        for reward, row in zip(self.rewards, scores):
+            if row.isnan().any() and not getattr(reward, "leaves_out", False):  # a sum's NaN leaves a row out, a model's is a fault
+                raise RunFailed(f"a member of the reward ensemble ({type(reward).__name__}) gave NaN: mend it")
         self.disagreement = scores.std(0, unbiased=False)  # (B,)
         if self.combine == "min":
             return scores.min(0).values
@@ -350,13 +355,17 @@ def call_reward(reward, prompts, responses, references=None):
     references = [None] * len(prompts) if references is None else references
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
-        returned = reward(prompts, responses, references)
+        returned = reward(list(prompts), list(responses), list(references))  # it may keep or change its lists
     except Exception as error:
         error.add_note(f"in the reward {name}")
         raise
     try:
+        if isinstance(returned, np.ndarray):
+            returned = torch.as_tensor(np.ascontiguousarray(returned))  # torch takes no reversed view
+        if isinstance(returned, torch.Tensor) and returned.is_complex():
+            raise TypeError("complex numbers")
         scores = torch.as_tensor(returned, dtype=torch.float32).flatten()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(f"the reward {name} returned {repr(returned)[:60]}; it must return one number a response") from None
     if len(scores) != len(prompts):
         raise InputError(f"the reward {name} returned {len(scores)} scores for {len(prompts)} responses; it must return one a response")

@@ -136,7 +136,7 @@ def trial(body, config):
             if (out.parent / stage / "results.json").is_file() and stage != out.name:
                 os.symlink((out.parent / stage).absolute(), Path(scratch) / stage)
         small = {"out": f"{scratch}/{out.name}", "overwrite": False, "resume": False, "dry_run": False, "steps": 1, "epochs": 1,
-                 "eval_rows": 2, "eval_every": 1, "save_steps": 1, "max_rows": getattr(config, "batch_size", 8)}
+                 "eval_rows": 2, "eval_every": 1, "save_steps": 1, "max_rows": min(getattr(config, "max_rows", 0) or 1 << 30, getattr(config, "batch_size", 8))}
         small = {name: value for name, value in small.items() if hasattr(config, name)}
         tried = configuration.replace(config, **small)
         tried.config_baseline = {**tried.config_baseline, **small}  # nobody asked for these

@@ -201,12 +201,18 @@ def parse_sum(spec):
             raise InputError(f"--reward {spec}: {weight!r} is no number; write weight*term, such as 0.3*execution") from None
     if not terms:
         raise InputError(f"--reward {spec}: a sign alone; put the whole sum into quotes, such as 'syntax - 0.05*length'")
+    if twice := repeated([name for _, name in terms]):
+        raise InputError(f"--reward {spec}: {twice} is there twice; add up its weights")
     for _, name in terms:
         if not name or re.search(r"[\s*]", name) or re.search(r"[()]|^\d[\d.]*[A-Za-z]", name) and not os.path.exists(name):
             raise InputError(f"--reward {spec}: {name!r} is no term; write weight*term, without brackets, and a space on either side of + and -")
-        if [other for _, other in terms].count(name) > 1:
-            raise InputError(f"--reward {spec}: {name} is there twice; add up its weights")
     return terms
+
+
+def repeated(names):
+    """The first name that says the same as one before it: folders are compared as folders. None if there is none."""
+    same = [os.path.realpath(name) if os.path.exists(name) else name for name in names]
+    return next((name for i, name in enumerate(names) if same[i] in same[:i]), None)
 
 
 def needs_execution(specs):
@@ -221,8 +227,8 @@ def load_reward(specs, combine="mean", device="cpu", execution=None, clip=None, 
         device: where models go. execution: the reward of the term `execution`, or None where there is nothing to run.
         clip, normalise: of each term of a sum.
     """
-    if twice := [spec for spec in specs if specs.count(spec) > 1]:
-        raise InputError(f"--reward names {twice[0]} twice: an ensemble of one and the same never disagrees; name it once")
+    if twice := repeated(specs):
+        raise InputError(f"--reward names {twice} twice: an ensemble of one and the same never disagrees; name it once")
     rewards = [_load(spec, device, execution, clip, normalise) for spec in specs]
     return rewards[0] if len(rewards) == 1 else RewardEnsemble(rewards, combine)
 
@@ -263,6 +269,9 @@ def function(spec):
             from None
     except SyntaxError as error:
         raise InputError(f"--reward {spec}: {error.filename}:{error.lineno}: {error.msg}; mend it there") from None
+    except (Exception, SystemExit) as error:
+        raise InputError(f"--reward {spec}: importing {module_name} ended with {type(error).__name__}: {error}; mend it there (--debug shows "
+                         "where)") from error
     finally:
         sys.path.pop(0)
     found = getattr(module, name, None)

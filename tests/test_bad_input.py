@@ -748,7 +748,7 @@ bad("a module that is not Python", {"broken_zq.py": "def f(:\n"}, "train_ppo --r
 bad("a function of two arguments", {"two_zq.py": "def f(prompts, responses): return [1.0]\n"}, "train_ppo eval --reward two_zq:f",
     "--reward two_zq:f: f(prompts, responses) cannot be called with (prompts, responses, references)", "let it take these three lists")
 bad("a reward that is NaN, and a run to replace", {"nan_zq.py": "def f(*columns): return [float('nan')] * len(columns[0])\n"},
-    "train_ppo --reward nan_zq:f --out run --overwrite", "--reward nan_zq:f: the score of the first training row is not finite",
+    "train_ppo --reward nan_zq:f --out run --overwrite", "--reward nan_zq:f: the scores of the first training rows are not finite",
     "--reward '1*nan_zq:f'")
 bad("a list given twice", {}, "train_ppo --reward syntax --reward length", "--reward is given twice", "--reward A B")
 bad("one reward twice", {}, "train_ppo eval --reward syntax length syntax", "--reward names syntax twice", "name it once")
@@ -759,7 +759,14 @@ bad("a function that returns words", {"words_zq.py": "def f(prompts, responses, 
     "train_ppo --reward words_zq:f", "the reward f returned 'good'", "one number a response")
 bad("a function that returns a number too many",
     {"many_zq.py": "def f(prompts, responses, references):\n    return [1, 2]\n"}, "train_ppo --reward many_zq:f",
-    "the reward f returned 2 scores for 1 responses")
+    "the reward f returned 2 scores for 5 responses")
+bad("a function that returns one number for all, and a run to replace", {"one_zq.py": "def f(prompts, responses, references):\n    return 1.0\n"},
+    "train_ppo --reward one_zq:f --out run --overwrite", "the reward f returned 1 scores for 5 responses")
+bad("a metric without references, and a run to replace", {}, "train_ppo --data prompts.json --reward bleu --out run --overwrite",
+    "--reward bleu: no validation row can be scored", "a metric needs references")
+bad("a sum that overflows, and a run to replace", {}, "train_ppo --reward 1e300*length --out run --overwrite", "are not finite")
+bad("one reward model by two names", {}, "train_ppo --reward reward ./reward", "--reward names ./reward twice", "name it once")
+bad("one reward model by two names in a sum", {}, "train_ppo --reward 0.5*reward+0.5*./reward", "is no term")
 
 section("Lengths")
 bad("prompt and response over the context", {}, "train_ppo train_dpo --max-query 40",

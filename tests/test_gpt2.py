@@ -12,6 +12,7 @@ from nanorlhf import hf
 from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import (SIZES, GPT2, GPT2Config, KVCache, PolicyWithValue, ValueHead, attention_allowed,
                            position_ids)
+from nanorlhf.ops import TORCH, Ops
 
 transformers = pytest.importorskip("transformers")
 
@@ -387,10 +388,26 @@ def test_values_are_float32_under_autocast_and_in_bfloat16():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, values = model(ids)
         hidden = model.policy.hidden(ids)
-    assert logits.dtype == torch.bfloat16 and values.dtype == torch.float32
+    assert logits.dtype == torch.float32 and values.dtype == torch.float32
     exact = (hidden.double() @ model.value_head.weight[0].double())
     torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-5)
     assert model.to(torch.bfloat16)(ids)[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_common_offset_of_the_logits_changes_no_probability_under_autocast(low_memory):
+    """The first entry of each embedding is 1 and ln_f's bias there -64, so that all logits lie 64 lower, as GPT-2's do: rounded to bfloat16,
+    in steps of 0.25, they would be other logits."""
+    ids, found = tokens(2, 6), []
+    ops = Ops("torch", low_memory, TORCH.token_logprobs, TORCH.linear_token_logprobs, TORCH.fused_ppo_loss, TORCH.gae)
+    for offset in (0.0, -64.0):
+        model = tiny()
+        with torch.no_grad():
+            model.wte.weight[:, 0], model.ln_f.weight[0], model.ln_f.bias[0] = 1.0, 0.0, offset
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found.append(torch.stack(ops.score(model, model.hidden(ids), ids, 1.0)))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
+    assert found[0].dtype == torch.float32 and found[0].std() > 0.1
 
 
 def test_slice_of_positions():

@@ -232,6 +232,23 @@ def test_a_replayed_log_is_the_live_run():
         assert monitor.replay(logged[:cut]) + monitor.replay(logged[cut:]) == found
 
 
+def test_what_raises_kl_is_told_again_while_it_holds():
+    """KL 20 in steps 1 to 17: the median of 5 is judged from step 5 on; given at 5, and after every 5 looks that it holds: 10 and 15.
+    Without `repeat` once. After the rest of REST looks without it, it begins anew, whatever was counted before."""
+    rows = [{"step": step, "objective/kl": 20.0} for step in range(1, 18)]
+    assert [alarm.step for alarm in Monitor(200, repeat=True).replay(rows)] == [5, 10, 15] and fired(Monitor(200).replay(rows)) == [("kl_high", 5)]
+    calm = [{"step": step, "objective/kl": 1.0} for step in range(18, 30)]
+    again = [{"step": step, "objective/kl": 20.0} for step in range(30, 41)]
+    assert [alarm.step for alarm in Monitor(200, repeat=True).replay(rows + calm + again)] == [5, 10, 15, 32, 37]
+
+
+def test_where_gold_was_best():
+    """Exact match .3 .4 .1 at steps 0 10 20."""
+    monitor = Monitor(200)
+    monitor.replay(evaluations([0.3, 0.4, 0.1]))
+    assert monitor.gold_words(20) == "exact match was best at step 10: 0.400, against 0.100 at step 20"
+
+
 # ---- Gold
 
 def test_standard_error():

@@ -126,10 +126,10 @@ def test_each_kind_of_run_gives_one_png_1800_wide(tmp_path, plot, spec, name):
 def test_only_panels_with_data_are_drawn(figure, tmp_path):
     panels(synthetic(PPO), PPO, tmp_path / "x.png", "PPO")
     assert titles(figure()) == [title for title, _, _ in PPO]
-    rows = [{"step": 1, "objective/kl": 1.0, "lr": 1e-5, "unknown": 3.0}, {"step": 1, "eval/reward": 2.0},
+    rows = [{"step": 1, "objective/kl": 1.0, "lr": 1e-5, "unknown": 3.0}, {"step": 1, "eval/score": 2.0},
             {"step": 1, "eval/conala_bleu": None}]
     panels(rows, PPO, tmp_path / "x.png", "PPO")
-    assert titles(figure()) == ["Reward", "KL to the reference", "Learning rate"]
+    assert titles(figure()) == ["Score", "KL to the reference", "Learning rate"]
 
 
 def test_a_log_of_another_kind_is_refused(tmp_path):

@@ -1,10 +1,12 @@
 """Reward models against transformers' sequence classifiers, both ways; padding, cutting, ensembles, loading."""
 import json
+import math
 import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
@@ -15,6 +17,7 @@ from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.reward import LastToken, RewardEnsemble, RewardModel, call_reward
+from nanorlhf.run import RunFailed
 from nanorlhf.terms import load_reward
 from nanorlhf.tokenizer import Tokenizer
 
@@ -402,10 +405,37 @@ def test_ensembles_refuse_what_they_cannot_do():
 
 
 @pytest.mark.parametrize("returned", [[1, 2], (1.0, 2.0), torch.tensor([1, 2]), torch.tensor([[1.0], [2.0]]),
-                                      torch.tensor([1.0, 2.0], dtype=torch.float64)], ids=str)
+                                      torch.tensor([1.0, 2.0], dtype=torch.float64), np.array([2.0, 1.0])[::-1], [np.float64(1), torch.tensor(2)]], ids=str)
 def test_call_reward_takes_lists_and_tensors(returned):
     scores = call_reward(lambda *texts: returned, ["p", "q"], ["r", "s"])
     assert scores.tolist() == [1.0, 2.0] and scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("returned", [[10 ** 400, 1], np.array([1j, 2]), torch.tensor([1j, 2]), [1j, 2], ["a", "b"], [[1], [2, 3]], None], ids=str)
+def test_what_is_no_number_is_an_input_error(returned):
+    with pytest.raises(InputError, match="it must return one number a response"):
+        call_reward(lambda *texts: returned, ["p", "q"], ["r", "s"])
+
+
+def test_a_reward_may_change_its_lists():
+    """Sorted or stripped in place, they must not become what is scored next, and logged."""
+    def sort(prompts, responses, references):
+        responses.sort()
+        prompts.clear()
+        return [1.0, 2.0]
+    prompts, responses = ["p", "q"], ["s", "r"]
+    call_reward(sort, prompts, responses)
+    assert (prompts, responses) == (["p", "q"], ["s", "r"])
+
+
+def test_a_model_that_gives_nan_is_not_left_out_in_an_ensemble():
+    """Beside a sum, whose NaN leaves a row out."""
+    bad = RewardEnsemble([lambda *texts: [math.nan, 1.0], lambda *texts: [1.0, 1.0]])
+    with pytest.raises(RunFailed, match="a member of the reward ensemble"):
+        bad(["p", "q"], ["r", "s"])
+    kept = type("Sum", (), {"leaves_out": True, "__call__": lambda self, *texts: [math.nan, 1.0]})()
+    found = RewardEnsemble([kept, lambda *texts: [1.0, 1.0]])
+    assert found.leaves_out and found(["p", "q"], ["r", "s"]).isnan().tolist() == [True, False]
 
 
 def test_call_reward_fills_in_references():

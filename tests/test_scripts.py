@@ -626,9 +626,9 @@ def test_a_row_whose_term_failed_is_left_out(home, tmp_path, monkeypatch, capsys
     assert launch("train_ppo", *words, "--out", str(tmp_path / "some"), "--reward", "1*holes_zq:some + syntax") == 0
     assert [row["response/left_out"] for row in log(tmp_path / "some") if "response/left_out" in row] == [4, 4]
     assert launch("train_ppo", *words, "--out", str(tmp_path / "none"), "--reward", "1*holes_zq:none + syntax") == 1
-    assert launch("train_ppo", *words, "--out", str(tmp_path / "alone"), "--reward", "holes_zq:some") == 1, "a lone reward must be finite"
-    assert launch("train_ppo", *words, "--out", str(tmp_path / "never"), "--reward", "1*holes_zq:never") == 1
-    assert "no validation row could be scored" in capsys.readouterr().err
+    assert launch("train_ppo", *words, "--out", str(tmp_path / "alone"), "--reward", "holes_zq:some") == 2, "a lone reward must be finite"
+    assert launch("train_ppo", *words, "--out", str(tmp_path / "never"), "--reward", "1*holes_zq:never") == 2
+    assert "no validation row can be scored" in capsys.readouterr().err
     assert launch("train_dpo", *words[:4], *TEXT, *DPO, "--out", str(home / "runs" / "dpo-never"), "--reward", "1*holes_zq:never") == 1
 
 
@@ -652,6 +652,23 @@ def test_alarms_are_heeded(home, tmp_path, monkeypatch, capsys, on_alarm, steps,
     assert json.loads((out / "results.json").read_text())["alarms"] == [{"name": "kl_high", "step": 1, "message": "step 1: too far"}]
     assert "ALARM step 1: too far" in capsys.readouterr().out
     assert "ALARM step 1: too far" in status(out)[0] and status(out)[1] == 0
+
+
+def test_the_model_kept_is_the_best_by_score_not_by_reward(home, tmp_path):
+    """Answers without EOS, whatever the reward gives them, count what they count in training."""
+    words = settings(train_ppo, "--missing-eos-penalty", "-3")
+    rows = [{"reward": 1.0, "ended": False}, {"reward": 2.0, "ended": True}, {"reward": None, "ended": True}]
+    assert train_ppo.mean_score(rows, words) == pytest.approx((-3 + 2) / 2) and train_ppo.mean_score(rows[2:], words) is None
+    out = tmp_path / "ppo"
+    assert launch("train_ppo", "--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--reward", "syntax", "--out", str(out),
+                  *TEXT, *PPO, "--missing-eos-penalty", "-3", "--max-response", "2") == 0
+    evaluations = [row for row in log(out) if "eval/score" in row]
+    for row in evaluations:
+        assert row["eval/score"] == pytest.approx(row["eval/reward"], abs=4) and row["eval/score"] <= row["eval/reward"]
+    assert min(row["eval/eos"] for row in evaluations) < 1, "answers of two tokens are cut"
+    assert any(row["eval/score"] < row["eval/reward"] - 1 for row in evaluations)
+    best = max(evaluations, key=lambda row: row["eval/score"])
+    assert json.loads((out / "results.json").read_text())["best_step"] == best["step"]
 
 
 def test_a_run_that_an_alarm_stopped_stays_stopped(home, tmp_path, monkeypatch):
@@ -718,6 +735,51 @@ def test_eval_of_answers_made_elsewhere(home, checked, tmp_path, monkeypatch):
     again = [json.loads(line) for line in (tmp_path / "given" / "predictions.jsonl").read_text().splitlines()]
     assert [row["response"] for row in again if row["model"] == "made/predictions.jsonl"] == [row["response"] for row in rows]
     assert {row["mode"] for row in again} == {"given"}
+
+
+def predicted(tmp_path, rows, records):
+    """Responses of each sample, as eval.py reads them from a file of these rows."""
+    path = write_rows(tmp_path / "given.jsonl", rows)
+    return [[row["response"] for row in sample] for sample in evaluation_script.read_predictions(path, "test", records)]
+
+
+def test_predictions_for_prompts_that_repeat(tmp_path):
+    """CoNaLa's rows have no ids, and some share a prompt. As eval.py writes them, a sample after the other, each row gets its own; where
+    each different prompt has as many, rows that share it share them."""
+    records = [Record(prompt=prompt, reference="x") for prompt in ("p", "q", "p")]
+    rows = [{"id": None, "prompt": record.prompt, "response": f"{n}{i}"} for n in range(2) for i, record in enumerate(records)]
+    assert predicted(tmp_path, rows, records) == [["00", "01", "02"], ["10", "11", "12"]]
+    assert predicted(tmp_path, rows[:3], records) == [["00", "01", "02"]] and predicted(tmp_path, rows[:2], records) == [["00", "01", "00"]]
+    with pytest.raises(InputError, match="1 to 2 answers a prompt|2 to 1|answers a prompt: give each"):
+        predicted(tmp_path, rows[:4], records)
+
+
+def test_predictions_whose_id_and_prompt_disagree(tmp_path):
+    """A tool's running number is not the id of our row; where it is none of ours, the prompt counts."""
+    records = [Record(prompt=f"p{n}", id=str(n)) for n in range(3)]
+    with pytest.raises(InputError, match="given.jsonl:1: its id 1 is that of the prompt 'p1', not of 'p2': leave one of them out"):
+        predicted(tmp_path, [{"id": "1", "prompt": "p2", "response": "x"}], records)
+    assert predicted(tmp_path, [{"id": f"mine-{n}", "prompt": f"p{n}", "response": f"r{n}"} for n in (2, 0, 1)], records) == [["r0", "r1", "r2"]]
+
+
+def test_differences_are_of_rows_that_both_have():
+    """Rewards 1 2 - 4 against - 1 0 2: of the rows that both have, 2 and 4 against 1 and 2, the difference is -1.5; of all, -1.33."""
+    def counted(rewards):
+        return {"reward": ([[0.0, 0.0] if x is None else [x, 1.0] for x in rewards], lambda sums: sums[0] / max(sums[1], 1.0))}
+    found = evaluation_script.differences(counted([1.0, 2.0, None, 4.0]), counted([None, 1.0, 0.0, 2.0]))
+    assert found["reward"]["difference"] == pytest.approx(-1.5)
+    assert evaluation_script.differences(counted([1.0, None]), counted([None, 1.0])) == {}
+
+
+def test_eval_says_what_could_not_be_scored(home, tmp_path, monkeypatch, capsys):
+    """How many answers a sum of terms left out; and each of its terms is in the table."""
+    (tmp_path / "gaps_zq.py").write_text("def f(p, responses, q): return [float('nan') if i % 3 else 1.0 for i in range(len(responses))]\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(home / "runs" / "sft"), "--data", str(home / "data.jsonl"), *TEXT, "--rows", "6", "--reward", "gaps_zq:f + syntax"]
+    main(evaluation_script.run_evaluation, parse(evaluation_script.Config, argv=[*words, "--out", "e"], prog="eval.py"))
+    (found,) = json.loads(Path("e/results.json").read_text())["results"]["test"]["metrics"].values()
+    assert found["left_out"] == 4 and found["reasons"]["reward"] == "4 of 6 answers could not be scored" and "4 of 6 answers" in capsys.readouterr().out
+    assert found["reward/gaps_zq:f"] == 1.0 and 0 <= found["reward/syntax"] <= 1
 
 
 def test_a_metric_that_only_a_later_policy_has_is_in_the_table():
@@ -1237,10 +1299,10 @@ def test_a_bad_reward_is_refused_before_stages_are_made(script, bad, tmp_path, m
     assert "nowhere" in capsys.readouterr().err and made == []
 
 
-@pytest.mark.parametrize("returns, count", [("[1.0]", 4), ("[1.0] * 100", None)], ids=["one", "too many"])
+@pytest.mark.parametrize("returns, count", [("[1.0]", 5), ("[1.0] * 100", None)], ids=["one", "too many"])
 def test_a_reward_with_the_wrong_number_of_scores(home, bad, monkeypatch, capsys, returns, count):
-    """Found before training, not averaged over the rows that happened to get a score: one score for anything at the
-    first evaluation, of 4 rows; a hundred at the first call, whatever its size."""
+    """Found before training, on the first 5 rows, not averaged over the rows that happened to get a score: one score for anything, or
+    a hundred."""
     name = f"miscounting_zq{len(returns)}"
     (home / f"{name}.py").write_text(f"def f(prompts, responses, references):\n    return {returns}\n")
     monkeypatch.chdir(home)
