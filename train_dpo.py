@@ -74,7 +74,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorlhf import pipeline
+from nanorlhf import hf, pipeline
 from nanorlhf.data import open_data, read
 from nanorlhf.evaluation import add_execution, add_rewards, answer, known, open_sandbox, report, summary
 from nanorlhf.feedback import PAIR_FILES
@@ -85,7 +85,7 @@ from nanorlhf.plots import plot_dpo
 from nanorlhf.run import (Run, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
 from nanorlhf.sequences import encode_queries, encode_responses, epoch_batches, join, response_states
-from nanorlhf.terms import ExecutionReward, load_reward, needs_execution
+from nanorlhf.terms import ExecutionReward, load_reward, needs_execution, reward_folders
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -187,7 +187,8 @@ def train(config):
 
     ref_logps = reference_logps(reference, tokenizer, encoded, config, ops)  # (N, 2)
     held_out_ref_logps = reference_logps(reference, tokenizer, held_out, config, ops)
-    run = Run(config, checkpoint)
+    run = Run(config, checkpoint, {"set of pairs": encoded + held_out, "policy": hf.resolve(folder)}
+              | reward_folders(config.reward or ([] if reward is None else [str(reward_folder)])))
     total_steps = config.epochs * -(-len(encoded) // config.batch_size)
     warmup_steps = int(config.warmup * total_steps)
     lr = learning_rate(config.lr, policy, policy.config.n_embd, 6e-5, 1e-6)

@@ -124,7 +124,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorlhf import pipeline
+from nanorlhf import hf, pipeline
 from nanorlhf.advantages import AdaptiveKLController, FixedKLController, shape_rewards
 from nanorlhf.checkpoint import stream
 from nanorlhf.data import open_data
@@ -141,7 +141,7 @@ from nanorlhf.rollout import hidden_states, roll_out
 from nanorlhf.run import (Run, RunFailed, adamw, autocast, check_run, learning_rate, linear_decay, main, optimiser_step,
                           pick_device, seed_everything, set_lr)
 from nanorlhf.sequences import encode_queries
-from nanorlhf.terms import ExecutionReward, load_reward, needs_execution
+from nanorlhf.terms import ExecutionReward, load_reward, needs_execution, reward_folders
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -288,7 +288,8 @@ def train(config):
     print(f"data: {splits.source}; {len(queries)} training prompts" + (f", {cut} cut to {config.max_query} tokens" if cut else "")
           + f"\npolicy and reference: {folder}; reward: {reward_name}")
 
-    run = Run(config, checkpoint)
+    run = Run(config, checkpoint, {"data set": splits.train + splits.validation, "policy": hf.resolve(folder)}
+              | reward_folders(config.reward or [reward_name]))
     lr = learning_rate(config.lr, actor, reference.config.n_embd, 3e-4, 1e-5)
     optimizer = adamw([actor], lr, eps=1e-5)
     controller = FixedKLController(config.kl_coef) if config.kl_target is None else \

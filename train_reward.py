@@ -268,7 +268,7 @@ def train(config):
     print(f"data: {splits.source}{f' and {config.ratings}' if config.ratings else ''}; {len(pairs[0])} pairs and "
           f"{len(train_rows) - len(pairs[0])} ratings to train on, {len(pairs[1])} and {len(held_out) - len(pairs[1])} for validation")
 
-    run = Run(config, checkpoint)
+    run = Run(config, checkpoint, {"data set": splits.train + splits.validation} | ({"set of ratings": Path(config.ratings)} if config.ratings else {}))
     if pairs[0]:
         for name, rows in zip(PAIR_FILES, pairs):
             write_pairs(run.folder / name, rows)

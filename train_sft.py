@@ -137,7 +137,7 @@ def train(config):
     print(f"data: {splits.source}; {len(splits.train)} training rows\n"
           f"model: {model.num_parameters():,} parameters, {config.model or 'random weights'}")
 
-    run = Run(config, checkpoint)
+    run = Run(config, checkpoint, {"data set": splits.train + splits.validation})
     total_steps = config.epochs * -(-len(queries) // config.batch_size)
     warmup_steps = int(config.warmup * total_steps)
     lr = learning_rate(config.lr, model, model.config.n_embd, 2e-3, 5e-5)

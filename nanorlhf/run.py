@@ -18,6 +18,7 @@ whose state is saved.
 """
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -39,9 +40,11 @@ import torch
 
 from nanorlhf import checkpoint
 from nanorlhf import config as configuration
+from nanorlhf.data import sha256
 from nanorlhf.errors import InputError
 
 
+INPUTS = "inputs.json"  # sha256 of what a run was begun with
 KEPT = "interrupted; what was saved is kept, and the same command with --resume goes on from it"
 NOTHING_KEPT = "interrupted; nothing was finished: run it again, with --overwrite where it says that --out holds a run"
 
@@ -291,17 +294,31 @@ def claim(folder):
     return found
 
 
+def fingerprint(what):
+    """sha256 of a file, of a folder's files (a Path each), or of what the rows of a list say."""
+    if isinstance(what, Path):
+        lines = [f"{path.name} {sha256(path)}" for path in (sorted(what.iterdir()) if what.is_dir() else [what]) if path.is_file()]
+    else:
+        lines = map(repr, what)
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(line.encode() + b"\n")
+    return found.hexdigest()
+
+
 class Run:
     """The run folder of one training. Make it once all input has proved good; `with run:` around the loop minds the signals.
 
-    Args: config, that of the script; resumed, the checkpoint to go on from (`check_run`), or None for a new run.
+    Args: config, that of the script; resumed, the checkpoint to go on from (`check_run`), or None for a new run; inputs, {what it is called:
+        rows, or a file or folder as a Path}, what else decides how the run goes: it is resumed with the same, or with --allow-config-change.
     """
 
-    def __init__(self, config, resumed=None):
+    def __init__(self, config, resumed=None, inputs=None):
         check_free(config.out, config.overwrite or getattr(config, "resume", False))
         self.config, self.folder, self.resumed = config, Path(config.out), resumed
         self.claim, self.signum = None, None
-        self.changed = bool(resumed and changes(config, self.folder))
+        self.inputs = {name: fingerprint(what) for name, what in (inputs or {}).items()}
+        self.changed = bool(resumed and (changes(config, self.folder) + self._other_inputs()))
         if self.folder.exists():
             self.claim = claim(self.folder)
             if resumed is None:
@@ -315,9 +332,23 @@ class Run:
         self.started, self.earlier = time.perf_counter(), 0.0
         self.best_score, self.best_step, self.misses = -float("inf"), 0, 0
 
+    def _other_inputs(self):
+        """The inputs that are not what they were when the run began; refused, unless --allow-config-change lets them be."""
+        path = self.folder / INPUTS
+        theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        other = [name for name, found in self.inputs.items() if theirs.get(name, found) != found]
+        if other and not self.config.allow_config_change:
+            raise InputError(f"--resume: {self.folder} was begun with another {' and another '.join(other)}: put back what was there, or pass "
+                             "--allow-config-change")
+        if other:
+            print(f"resumed with another {' and another '.join(other)}")
+        return other
+
     def _save_config(self):
         once = {name: False for name in ("overwrite", "resume", "allow_config_change") if hasattr(self.config, name)}
         configuration.save(configuration.replace(self.config, **once), self.folder / "config.toml")  # a later --config must not replay them
+        if self.inputs:
+            (self.folder / INPUTS).write_text(json.dumps(self.inputs, indent=1) + "\n", encoding="utf-8")
 
     def close(self):
         """Let go of the folder."""

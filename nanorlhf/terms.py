@@ -18,7 +18,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from nanorlhf import metrics
+from nanorlhf import hf, metrics
 from nanorlhf.errors import InputError, nearest
 from nanorlhf.metrics.execution import run_checks
 from nanorlhf.reward import RewardEnsemble, RewardModel, call_reward
@@ -213,6 +213,11 @@ def repeated(names):
     """The first name that says the same as one before it: folders are compared as folders. None if there is none."""
     same = [os.path.realpath(name) if os.path.exists(name) else name for name in names]
     return next((name for i, name in enumerate(names) if same[i] in same[:i]), None)
+
+
+def reward_folders(specs):
+    """{"reward NAME": folder} of the reward models among the terms."""
+    return {f"reward {name}": hf.resolve(name) for spec in specs for _, name in parse_sum(spec) if os.path.isdir(name)}
 
 
 def needs_execution(specs):

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanorlhf import ops, pipeline, plots
+from nanorlhf import ops, pipeline, plots, run
 from nanorlhf.advantages import gae, shape_rewards
 from nanorlhf.config import options, parse, replace
 from nanorlhf.data import Record
@@ -679,6 +679,43 @@ def test_a_run_that_an_alarm_stopped_stays_stopped(home, tmp_path, monkeypatch):
     stop_after(1, monkeypatch, train_ppo, *words)
     assert launch("train_ppo", *words, "--resume") == 0
     assert [row["step"] for row in log(tmp_path / "ppo") if "objective/kl" in row] == [1]
+
+
+@pytest.mark.parametrize("what", ["data set", "policy", "reward"])
+def test_a_run_is_not_resumed_with_other_inputs_unawares(home, tmp_path, monkeypatch, capsys, what):
+    """The same paths, with another model, or other rows, in them: said and refused; gone on with where that is asked for, and then known."""
+    for name in ("data.jsonl", "runs/sft/final", "runs/reward/final"):
+        place = tmp_path / name.replace("runs/", "").replace("/final", "")
+        shutil.copytree(home / name, place) if (home / name).is_dir() else shutil.copy(home / name, place)
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "data.jsonl", "--policy", "sft", "--reward", "0.5*reward + syntax", "--save-steps", "1", *TEXT, *PPO, "--out", "ppo"]
+    stop_after(1, monkeypatch, train_ppo, *words)
+    if what == "data set":
+        with open("data.jsonl", "a") as file:
+            file.write(json.dumps({"prompt": "add 77 to zs", "reference": "zs + 77"}) + "\n")
+    else:
+        model = GPT2.from_pretrained("sft") if what == "policy" else RewardModel.from_pretrained("reward")
+        with torch.no_grad():
+            next(model.parameters()).add_(0.01)
+        model.save_pretrained("sft" if what == "policy" else "reward")
+    before = snapshot("ppo")
+    assert launch("train_ppo", *words, "--resume") == 2
+    assert f"--resume: ppo was begun with another {what}" in capsys.readouterr().err and snapshot("ppo") == before
+    assert launch("train_ppo", *words, "--resume", "--allow-config-change") == 0
+    assert f"resumed with another {what}" in capsys.readouterr().out and before["inputs.json"] != snapshot("ppo")["inputs.json"]
+
+
+def test_fingerprints_are_of_what_is_said(tmp_path):
+    """Of rows and of files, not of where they are; names count in a folder."""
+    rows = [Record("p", "r"), Record("q", "s", id="1")]
+    assert run.fingerprint(rows) == run.fingerprint([dataclasses.replace(row) for row in rows]) != run.fingerprint(rows[::-1])
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(text)
+    a, b, c = (run.fingerprint(tmp_path / name) for name in "abc")
+    assert a == b != c and run.fingerprint(tmp_path / "a" / "x") == run.fingerprint(tmp_path / "b" / "x")
+    (tmp_path / "b" / "x").rename(tmp_path / "b" / "y")
+    assert run.fingerprint(tmp_path / "b") != a
 
 
 def test_another_kl_coef_takes_effect_on_resume(home, tmp_path, monkeypatch):
