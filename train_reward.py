@@ -312,8 +312,8 @@ def train(config):
         rows = answer(policy, tokenizer, splits.validation, config, config.temperature, seed=config.seed)
         model.normalise([row["prompt"] for row in rows], [row["response"] for row in rows])
     else:
-        print("no SFT policy at hand: scores are normalised over the validation responses instead of a policy's samples")
-        model.normalise([row["prompt"] for row in held_out], [row.get("chosen") or row["response"] for row in held_out])
+        print("no SFT policy at hand: scores are normalised over the validation responses, chosen, rejected and rated, instead of a policy's samples")
+        model.normalise(*zip(*[(row["prompt"], row[name]) for row in held_out for name in ("chosen", "rejected", "response") if name in row]))
     run.finish(model.save_pretrained, validation=numbers, best_step=run.best_step, steps=step, gain=model.gain, bias=model.bias,
                train_rows=len(train_rows), validation_rows=len(held_out), leakage=leakage)
     plot_reward(run.folder)

@@ -232,6 +232,9 @@ def table(split, count, results, meanings=ROWS):
             gain = results["gain"][mode].get(metric)
             shown = f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else f"{values[-1] - values[0]:+.3f}"
             lines.append(f"| {meaning}, {mode} | " + " | ".join(f"{value:.3f}" for value in values) + f" | {shown} |")
+        left_out = [results[mode][name].get("left_out") or 0 for name in names]
+        if any(left_out):  # the columns are means over other rows then, the gain over those that all have
+            lines.append(f"| answers without a reward, {mode} | " + " | ".join(map(str, left_out)) + " | |")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ class RunOptions:
     seed: int = option(0, "seed of everything random", at_least=0, at_most=2**32 - 1)
     gpu: int | None = option(None, "run on this GPU; without it CUDA is taken if there, else the CPU", at_least=0)
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    precision: str = option("fp32", "bf16 runs matrix products in bfloat16; weights and losses stay float32",
+    precision: str = option("fp32", "bf16 runs matrix products in bfloat16; weights, logits and losses stay float32",
                          choices=("fp32", "bf16"))
     dry_run: bool = option(False, "try one step of every phase on a few rows (one epoch of them for a stage that is missing), say how "
                           "much memory it took, and keep nothing")

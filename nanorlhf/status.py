@@ -62,7 +62,7 @@ def status(folder):
     steps = [row for row in rows if "alarm" not in row and not any(name.startswith("eval/") for name in row)]
     evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
     if steps:
-        lines += progress(folder, steps[-1], running)
+        lines += progress(folder, steps[-1], running, finished)
         lines.append(f"latest step {steps[-1]['step']}: {numbers(steps[-1], SHOWN)}")
     if evaluations:
         shown = [name for name in evaluations[-1] if name.startswith("eval/")]
@@ -71,11 +71,13 @@ def status(folder):
     return lines + checkpoints(folder), 0 if finished or running else 1
 
 
-def progress(folder, row, running):
+def progress(folder, row, running, finished=False):
     """Steps done of all, time taken and, while the run goes on, time left at the mean pace."""
     path, step, seconds = folder / "progress.json", row["step"], row.get("time/run", 0.0)
     total = json.loads(path.read_text())["total_steps"] if path.exists() else None
     words = f"step {step}" + (f" of {total} ({step / total:.0%})" if total else "") + f" after {timedelta(seconds=round(seconds))}"
+    if finished and total and step < total:
+        words += ", and ended there: by --patience or --on-alarm stop"
     if running and total and step:
         idle = time.time() - (folder / "metrics.jsonl").stat().st_mtime
         words += f", about {timedelta(seconds=round(seconds / step * (total - step)))} of training left; last line {idle:.0f} s ago"

@@ -717,6 +717,26 @@ def test_a_dry_run_keeps_nothing(home, capsys):
     assert sorted(home.iterdir()) == before and "nothing was kept" in capsys.readouterr().out
 
 
+def test_a_dry_run_takes_no_more_rows_than_asked_for(home, capsys):
+    assert launch(f"{RATED} {SAMPLED} --data prompts.jsonl --split all --max-rows 2 --dry-run", "a.jsonl") == 0
+    assert "; 6 rows of all\n" in capsys.readouterr().out, "two of each split"
+
+
+def test_rows_in_other_splits_are_said(home, capsys):
+    """40 rows of one file, split 8 : 1 : 1; the user may have wanted them all."""
+    assert launch("--kind mutations --data plain.jsonl", "a.jsonl") == 0
+    assert "; 32 rows of train, 8 rows are in other splits (--split)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank, line", [("bleu + syntax", "--rank bleu + syntax: the rows of --data prompts.jsonl have no reference to go by"),
+                                        ("reward policy", "--rank reward policy: 'reward policy' is no term")])
+def test_what_cannot_rank_is_said_of_rank(home, capsys, rank, line):
+    """Before anything is sampled."""
+    assert launch(f"--kind pairs {SAMPLED} --data prompts.jsonl", "a.jsonl", "--rank", rank) == 2
+    error = capsys.readouterr().err
+    assert line in error and "--reward" not in error
+
+
 def test_help_is_quick():
     """Without torch, well under 2 s of processor time; every option is named and has its help."""
     before = os.times()

@@ -21,12 +21,13 @@ import pytest
 import torch
 from torch import nn
 
-from nanorlhf import ops, pipeline, plots, run
+from nanorlhf import evaluation, ops, pipeline, plots, run
 from nanorlhf.advantages import gae, shape_rewards
 from nanorlhf.config import options, parse, replace
 from nanorlhf.data import Record
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
+from nanorlhf.feedback import PAIR_FILES
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.masked import whiten
 from nanorlhf.metrics import METRIC_NAMES, conala_bleu
@@ -652,6 +653,7 @@ def test_alarms_are_heeded(home, tmp_path, monkeypatch, capsys, on_alarm, steps,
     assert json.loads((out / "results.json").read_text())["alarms"] == [{"name": "kl_high", "step": 1, "message": "step 1: too far"}]
     assert "ALARM step 1: too far" in capsys.readouterr().out
     assert "ALARM step 1: too far" in status(out)[0] and status(out)[1] == 0
+    assert ("and ended there: by --patience or --on-alarm stop" in status(out)[0][1]) == (on_alarm == "stop")
 
 
 def test_the_model_kept_is_the_best_by_score_not_by_reward(home, tmp_path):
@@ -817,6 +819,26 @@ def test_eval_says_what_could_not_be_scored(home, tmp_path, monkeypatch, capsys)
     (found,) = json.loads(Path("e/results.json").read_text())["results"]["test"]["metrics"].values()
     assert found["left_out"] == 4 and found["reasons"]["reward"] == "4 of 6 answers could not be scored" and "4 of 6 answers" in capsys.readouterr().out
     assert found["reward/gaps_zq:f"] == 1.0 and 0 <= found["reward/syntax"] <= 1
+
+
+def test_without_a_policy_scores_are_normalised_over_both_sides(home, tmp_path, capsys):
+    """Mean 0 over good answers alone would be no zero at all."""
+    out = tmp_path / "alone" / "reward"
+    assert launch("train_reward", "--data", preferences(tmp_path / "pairs.jsonl"), "--model", str(home / "runs" / "sft"), "--out", str(out),
+                  "--epochs", "1", "--batch-size", "8", "--device", "cpu") == 0
+    assert "normalised over the validation responses, chosen, rejected and rated" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (out / PAIR_FILES[1]).read_text().splitlines()]
+    scores = RewardModel.from_pretrained(out).score([row["prompt"] for row in rows] * 2, [row[name] for name in ("chosen", "rejected") for row in rows])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_answers_without_a_reward_are_in_the_table():
+    """They make the columns means over other rows; where there are none, there is no such line."""
+    modes = {mode: {"SFT": {"reward": 1.0, "left_out": 3}, "PPO": {"reward": 2.0, "left_out": None}} for mode in ("sampled", "greedy")}
+    results = {**modes, "gain": {"sampled": {}, "greedy": {}}}
+    assert "| answers without a reward, sampled | 3 | 0 | |" in evaluation.table("test", 9, results)
+    modes["greedy"]["SFT"]["left_out"] = None
+    assert "without a reward, greedy" not in evaluation.table("test", 9, results)
 
 
 def test_a_metric_that_only_a_later_policy_has_is_in_the_table():

@@ -9,7 +9,7 @@ from nanorlhf import metrics
 from nanorlhf.errors import InputError
 from nanorlhf.reward import RewardEnsemble, call_reward, term_values
 from nanorlhf.run import RunFailed
-from nanorlhf.terms import RULES, Combination, Spread, Term, load_reward, needs_execution, parse_sum
+from nanorlhf.terms import RULES, Combination, Spread, Term, load_reward, needs_execution, parse_sum, repeated, reward_folders
 
 PROMPTS, REFERENCES = ["p", "q", "r"], ["x + 1", None, "f(a, b)"]
 
@@ -161,6 +161,31 @@ def test_functions_that_cannot_be_a_reward(tmp_path, monkeypatch):
     assert error.value.__notes__ == ["in the reward boom"]
     with pytest.raises(InputError, match="--reward names syntax twice"):
         load_reward(["syntax", "length", "syntax"])
+
+
+def test_a_folder_is_one_by_any_name(tmp_path, monkeypatch):
+    """Under another path the same model would count double, or never disagree with itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to("a")
+    assert repeated(["a", "c", "./a"]) == "./a" and repeated(["a", "b"]) == "b" and repeated(["a", str(tmp_path / "a")]) == str(tmp_path / "a")
+    assert repeated(["syntax", "length", "syntax"]) == "syntax" and repeated(["a", "c", "./c"]) is None
+    with pytest.raises(InputError, match=r"\./a is there twice; add up its weights"):
+        parse_sum("0.5*a + 0.5*./a")
+    (tmp_path / "a" / "config.json").write_text("{}")
+    monkeypatch.setattr("nanorlhf.terms.hf.resolve", lambda name: f"resolved {name}")
+    assert reward_folders(["0.5*a + syntax", "nowhere", "b"]) == {"reward a": "resolved a", "reward b": "resolved b"}
+
+
+@pytest.mark.parametrize("source, words", [("import sys\nsys.exit(5)\n", "SystemExit: 5"), ("1 / 0\n", "ZeroDivisionError: division by zero"),
+                                           ("import os.path as f\nfrom math import nothing\n", "ImportError: cannot import name 'nothing'")])
+def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, source, words):
+    monkeypatch.chdir(tmp_path)
+    name = f"broken_zq{len(source)}"
+    (tmp_path / f"{name}.py").write_text(source)
+    with pytest.raises(InputError) as error:
+        load_reward([f"{name}:f"])
+    assert f"--reward {name}:f: importing {name} ended with {words}" in str(error.value)
 
 
 def test_execution_is_found_in_any_spec():
