@@ -74,11 +74,15 @@ RULES = {"syntax": syntax, "length": length, "repetition": repetition} | {name: 
 class ExecutionReward:
     """The share of its checks that a response passes in the sandbox; NaN for a prompt without checks.
 
-    Args: box, an open Sandbox; records, the rows whose prompts will be asked for.
+    Args: box, an open Sandbox; records, the rows whose prompts will be asked for; those alike in prompt and reference share their checks.
     """
 
     def __init__(self, box, records):
-        self.box, self.checks = box, {(record.prompt, record.reference): record.checks for record in records}
+        self.box, self.checks = box, {}
+        for record in records:
+            if record.checks:
+                known = self.checks.setdefault((record.prompt, record.reference), [])
+                known += [check for check in record.checks if check not in known]
 
     def __call__(self, prompts, responses, references):
         shares = run_checks(self.box, responses, [self.checks.get(row) for row in zip(prompts, references)])

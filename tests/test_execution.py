@@ -94,6 +94,8 @@ def test_execution_as_reward(box):
     execution = ExecutionReward(box, records)
     scores = execution(["p", "q", "p"], ["3", "1", "sum(xs)"], ["sum(xs)", "1", "sum(xs)"])
     assert scores[0] == 0.5 and math.isnan(scores[1]) and scores[2] == 1
+    twice = ExecutionReward(box, [Record("p", "sum(xs)", checks=CHECKS[i:i + 1]) for i in (0, 1, 1)])
+    assert twice(["p"], ["3"], ["sum(xs)"]) == [0.5], "rows alike in prompt and reference share their checks"
     reward = load_reward(["2*execution - syntax"], execution=execution)
     assert reward(["p", "p"], ["3", "sum("], ["sum(xs)", "sum(xs)"]).tolist() == [0.0, 0.0]
     assert reward.values["execution"].tolist() == [0.5, 0.0]
