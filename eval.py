@@ -74,7 +74,7 @@ from nanorlhf.gpt2 import GPT2
 from nanorlhf.metrics import METRIC_NAMES, bert_score, evaluate, pass_at_k
 from nanorlhf.metrics.bootstrap import corpus_bootstrap, paired_corpus_bootstrap
 from nanorlhf.metrics.counted import COUNTED
-from nanorlhf.metrics.honesty import assess
+from nanorlhf.metrics.honesty import assess, finding
 from nanorlhf.metrics.ruby import ruby_quality
 from nanorlhf.pipeline import check_policy
 from nanorlhf.run import Run, check_run, main, pick_device, seed_everything
@@ -112,7 +112,7 @@ def read_predictions(path, split, records):
             raise InputError(f"{where}: an answer needs id (or prompt) and response, as in eval.py's own predictions.jsonl")
         if row.get("split", split) == split:
             record = by_id.get(names.get("id"))
-            if record and names.get("prompt", record.prompt) != record.prompt:
+            if record and names.get("prompt", record.prompt).strip() != record.prompt.strip():
                 raise InputError(f"{where}: its id {record.id} is that of the prompt {record.prompt[:60]!r}, not of {names['prompt'][:60]!r}: leave "
                                  "one of them out")
             key = record.id if record else names.get("prompt")
@@ -124,9 +124,11 @@ def read_predictions(path, split, records):
     if missing := [record for record, key in zip(records, keys) if key not in found]:
         raise InputError(f"--predictions {path}: no answer to {len(missing)} of {len(records)} prompts of {split}, such as "
                          f"{missing[0].id or missing[0].prompt[:60]!r}: add them, or evaluate fewer --rows")
-    answers = [found[key] for key in keys]
-    if len({*map(len, answers)}) > 1:  # rows without ids that share a prompt, as CoNaLa has: each has its own answers, in the file's order
-        answers = [found[key][keys[:i].count(key)::keys.count(key)] for i, key in enumerate(keys)]
+    answers, shared = [found[key] for key in keys], [keys.count(key) for key in keys]
+    ratios = {len(some) / count for some, count in zip(answers, shared)}
+    if len(ratios) == 1 and min(ratios) >= 1 or len({*map(len, answers)}) > 1:
+        # rows without ids that share a prompt, as CoNaLa has: each has answers of its own, in the file's order
+        answers = [some[keys[:i].count(key)::count] for i, (key, some, count) in enumerate(zip(keys, answers, shared))]
     counts = sorted(map(len, answers))
     if counts[0] < counts[-1]:
         raise InputError(f"--predictions {path}: {counts[0]} to {counts[-1]} answers a prompt: give each prompt as many")
@@ -189,7 +191,8 @@ def score(rows, counted):
         numbers["reasons"]["execution_accuracy"] = "the rows have no checks, or there is no sandbox to run them in"
     if left_out := sum("reward" in row and row["reward"] is None for row in rows):
         numbers["left_out"] = left_out
-        numbers["reasons"]["reward"] = f"{left_out} of {len(rows)} answers could not be scored"
+        if left_out == len(rows):
+            numbers["reasons"]["reward"] = "no answer could be scored"
     if any(row.get("bertscore") is not None for row in rows):
         for name in ("bertscore", "bertscore_precision", "bertscore_recall"):
             numbers[name] = mean(rows, name)
@@ -329,6 +332,9 @@ def run_evaluation(config):
             known = [row for row in rows if row["reference"] is not None]
             findings[name] = assess(*texts(rows), [row["prompt"] for row in known], [row.answer for row in splits.train if row.answer],
                                     numbers[name], numbers[name]["reasons"], splits.kind == "conala", leakage["overlap"])
+        for name, found in numbers.items():
+            if found.get("left_out"):
+                findings[name].append(finding("left out", True, f"reward: {found['left_out']} of {len(records)} answers could not be scored", rows=found["left_out"]))
         gains = {name: differences(counted[names[0]], counted[name]) for name in names[1:]}
         met = {name: {metric: None if found.get(metric) is None else found[metric] >= value for metric, value in targets.items()}
                for name, found in numbers.items()}

@@ -187,7 +187,7 @@ def train(config):
 
     ref_logps = reference_logps(reference, tokenizer, encoded, config, ops)  # (N, 2)
     held_out_ref_logps = reference_logps(reference, tokenizer, held_out, config, ops)
-    run = Run(config, checkpoint, {"set of pairs": encoded + held_out, "policy": hf.resolve(folder)}
+    run = Run(config, checkpoint, {"data set": splits.train + splits.validation, "set of pairs": encoded + held_out, "policy": hf.resolve(folder)}
               | reward_folders(config.reward or ([] if reward is None else [str(reward_folder)])))
     total_steps = config.epochs * -(-len(encoded) // config.batch_size)
     warmup_steps = int(config.warmup * total_steps)

@@ -261,10 +261,14 @@ def check_reward(reward, name, splits, config):
     def score(records):
         return call_reward(reward, [r.prompt for r in records], [r.reference or "" for r in records], [r.reference for r in records])
 
-    scores, leaves_out = score((splits.train * 2)[:5]), getattr(reward, "leaves_out", False)
+    leaves_out = getattr(reward, "leaves_out", False)
+    try:
+        scores = score((splits.train * 2)[:5])
+    except RunFailed as error:
+        raise InputError(f"--reward {name}: {error}") from None
     if scores.isinf().any() or scores.isnan().any() and not leaves_out:
-        raise InputError(f"--reward {name}: the scores of the first training rows are not finite; mend it, or leave such rows out of the "
-                         f"updates by writing it as a sum: --reward '1*{name}'")
+        raise InputError(f"--reward {name}: the scores of the first training rows are not finite; mend it"
+                         + (f", or leave such rows out of the updates by writing it as a sum: --reward '1*{name}'" if len(config.reward) == 1 else ""))
     if leaves_out and score(splits.validation[:config.eval_rows]).isnan().all():
         raise InputError(f"--reward {name}: no validation row can be scored; a metric needs references, execution needs checks, and a function may "
                          "say NaN for some rows, but not for all")

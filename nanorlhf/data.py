@@ -701,6 +701,7 @@ def open_data(config, beside=False):
     splits = load_splits(config.data, config.data_format, config.validation, config.test, config.split_seed,
                          config.min_probability, config.skip_bad_rows)
     idle = {"validation", "test"} - {*splits.drawn} | (set() if splits.drawn else {"split_seed"})
+    beside = beside or getattr(config, "resume", False)  # a run that is older than this check goes on
     if not beside and (flags := asked(config, *sorted(idle))):
         raise InputError(f"{flags}: {config.data} has files of its own for what these would split off: leave out")
     leakage = check_leakage(splits, config.allow_overlap)

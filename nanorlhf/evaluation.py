@@ -71,13 +71,13 @@ def answer_row(record, response):
     return {"id": record.id, "prompt": record.prompt, "reference": record.reference, "response": response, "exact_match": match}
 
 
-def add_rewards(rows, reward):
+def add_rewards(rows, reward, when="validation"):
     """Add each row's reward in place, None where a sum of terms leaves the row out, and the terms of a sum as "reward/NAME".
 
     `reward` is any callable (prompts, responses, references) -> (B,) scores.
     """
     scores = call_reward(reward, *([row[name] for row in rows] for name in ("prompt", "response", "reference")))
-    check_finite(scores, rows, left_out=getattr(reward, "leaves_out", False))
+    check_finite(scores, rows, when, getattr(reward, "leaves_out", False))
     columns = {"reward": scores} | {f"reward/{name}": values for name, values in term_values(reward).items()}
     for name, values in columns.items():
         for row, value in zip(rows, values.tolist()):

@@ -55,6 +55,8 @@ class Config:
 if __name__ == "__main__":
     CONFIG = parse(Config, prog="python -m nanorlhf.generate")  # before torch is imported: --help is quick
 
+import os
+import signal
 import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -64,16 +66,17 @@ from nanorlhf.data import Record
 from nanorlhf.evaluation import add_rewards, answer
 from nanorlhf.feedback import check_out, load_model, write_pairs
 from nanorlhf.pipeline import run_of
-from nanorlhf.run import main, pick_device, read_config
+from nanorlhf.run import Interrupted, main, pick_device, read_config
 from nanorlhf.terms import load_reward
 
 
 def load(name, config, device):
     """A policy as (GPT2, Tokenizer, config): with the template and the lengths that its run had where `config` leaves them open."""
     model, tokenizer = load_model(name, device)
-    run = run_of(Path(name))
+    run = run_of(Path(os.path.abspath(name)))  # also of "."
     theirs = read_config(run) if run else {}
     response = config.max_response or theirs.get("max_response", min(64, model.config.n_positions // 2))
+    model.check_length(1 + response)
     query = config.max_query or theirs.get("max_query", model.config.n_positions - response)
     model.check_length(query + response)
     template = theirs.get("template", "{prompt}\n") if config.template is None else config.template
@@ -86,13 +89,13 @@ def ask(policies, prompts, config, reward=None):
 
     Args: policies, {name: what `load` returns}. The same prompts, seed and options give the same answers, whoever is asked beside.
     """
-    records, answers = [Record(prompt) for prompt in prompts], []
+    records, answers = [Record(prompt, id=str(number)) for number, prompt in enumerate(prompts, 1)], []
     for name, (model, tokenizer, asked) in policies.items():
         for sample in range(config.samples):
             rows = answer(model, tokenizer, records, asked, config.temperature, seed=config.seed * config.samples + sample,
                           batch_size=config.batch_size)
             if reward is not None:
-                add_rewards(rows, reward)
+                add_rewards(rows, reward, "answers")
             answers.append([{"prompt": row["prompt"], "model": name, "sample": sample, "response": row["response"], "ended": row["ended"]}
                             | ({"reward": row.get("reward")} if reward is not None else {}) for row in rows])
     return [list(rows) for rows in zip(*answers)]
@@ -115,7 +118,9 @@ def typed():
         import readline  # noqa: F401  arrow keys and a history in input()
     while True:
         try:
-            line = input("> ").strip()
+            if not sys.stdout.isatty():  # answers go to a file: there the prompt would be one of them
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input("> " if sys.stdout.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -127,9 +132,12 @@ def prompts_of(config):
     """Lists of prompts to be answered together."""
     if config.prompt:
         return [config.prompt]
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         return typed()
-    prompts = [line.strip() for line in sys.stdin if line.strip()]
+    try:
+        prompts = [line.strip() for line in sys.stdin or () if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is no text in {error.encoding}: {error.reason}; write it as UTF-8") from None
     if not prompts:
         raise InputError("no prompt: give --prompt, or a prompt a line on stdin")
     return [prompts]
@@ -143,15 +151,21 @@ def generate(config):
         device = pick_device(config.gpu, config.device)
         policies = {name: load(name, config, device) for name in config.model}
         reward = load_reward(config.reward, device=device) if config.reward else None
+    with suppress(AttributeError):  # a stream that is no file
+        sys.stdout.reconfigure(errors="backslashreplace")
     found = []
-    for prompts in asked:
-        with redirect_stdout(sys.stderr):
-            answers = ask(policies, prompts, config, reward)
-        for rows in answers:
-            show(rows, len(policies) > 1)
-            found += rows
-        if config.out:
-            write_pairs(config.out, found)
+    try:
+        for prompts in asked:
+            with redirect_stdout(sys.stderr):
+                answers = ask(policies, prompts, config, reward)
+            found += [row for rows in answers for row in rows]
+            if config.out:
+                write_pairs(config.out, found)
+            for rows in answers:
+                show(rows, len(policies) > 1)
+    except (KeyboardInterrupt, Interrupted) as error:
+        raise Interrupted(getattr(error, "signum", signal.SIGINT), f"interrupted; {len(found)} answers are in {config.out}" if config.out and found
+                          else "interrupted") from None
 
 
 if __name__ == "__main__":

@@ -327,9 +327,9 @@ class RewardEnsemble:
 
     def __call__(self, prompts, responses, references=None):
         scores = torch.stack([call_reward(reward, prompts, responses, references).cpu() for reward in self.rewards])  # (M, B)
-        for reward, row in zip(self.rewards, scores):
+        for number, (reward, row) in enumerate(zip(self.rewards, scores), 1):
             if row.isnan().any() and not getattr(reward, "leaves_out", False):  # a sum's NaN leaves a row out, a model's is a fault
-                raise RunFailed(f"a member of the reward ensemble ({type(reward).__name__}) gave NaN: mend it")
+                raise RunFailed(f"member {number} of the reward ensemble ({getattr(reward, '__name__', type(reward).__name__)}) gave NaN: mend it")
         self.disagreement = scores.std(0, unbiased=False)  # (B,)
         if self.combine == "min":
             return scores.min(0).values

@@ -78,7 +78,11 @@ def main(body, config):
     if signal.getsignal(signal.SIGINT) is configuration.interrupted_import:  # torch is there: from here on something may be lost
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        trial(body, config) if getattr(config, "dry_run", False) else body(config)
+        try:
+            trial(body, config) if getattr(config, "dry_run", False) else body(config)
+        except OtherInputs as why:  # --resume --overwrite
+            print(f"{why}: made anew")
+            body(configuration.replace(config, resume=False))
     except InputError as error:
         _leave(config, "error", error, 2)
     except RunFailed as error:
@@ -124,7 +128,7 @@ def memory_advice(config):
     if getattr(config, "precision", "bf16") == "fp32":
         advice.append("--precision bf16")
     advice += [f"--{name.replace('_', '-')} below {getattr(config, name)}" for name in ("max_response", "max_query", "batch_size")
-               if hasattr(config, name)]
+               if getattr(config, name, None)]
     return ", then ".join(advice) or "a smaller model"
 
 
@@ -200,7 +204,7 @@ def check_run(config):
     A folder that holds a run is refused without --overwrite or --resume; with both it is resumed if its options are this
     run's, else replaced.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
         raise InputError(f"started as one of {processes} processes (WORLD_SIZE, as torchrun sets it), which would all do the same work: this "
                          "runs in one process, on one GPU; start it with python, or unset WORLD_SIZE")
     out, overwrite, resume = Path(config.out), config.overwrite, getattr(config, "resume", False)
@@ -294,15 +298,20 @@ def claim(folder):
     return found
 
 
+class OtherInputs(Exception):
+    """A run that was to be resumed or replaced was begun with other inputs: it is replaced."""
+
+
 def fingerprint(what):
-    """sha256 of a file, of a folder's files (a Path each), or of what the rows of a list say."""
-    if isinstance(what, Path):
-        lines = [f"{path.name} {sha256(path)}" for path in (sorted(what.iterdir()) if what.is_dir() else [what]) if path.is_file()]
+    """sha256 of a file, of the settings, weights and vocabulary in a folder (a Path each), or of what the rows of a list say."""
+    if isinstance(what, Path) and what.is_dir():
+        lines = [f"{path.name} {sha256(path)}" for path in sorted(what.iterdir()) if path.is_file() and not path.name.startswith(".")
+                 and path.suffix in (".json", ".safetensors", ".bin", ".txt")]
     else:
-        lines = map(repr, what)
+        lines = [sha256(what)] if isinstance(what, Path) else map(repr, what)
     found = hashlib.sha256()
     for line in lines:
-        found.update(line.encode() + b"\n")
+        found.update(line.encode(errors="surrogateescape") + b"\n")
     return found.hexdigest()
 
 
@@ -333,13 +342,19 @@ class Run:
         self.best_score, self.best_step, self.misses = -float("inf"), 0, 0
 
     def _other_inputs(self):
-        """The inputs that are not what they were when the run began; refused, unless --allow-config-change lets them be."""
+        """The inputs that are not what they were when the run began; refused, unless --allow-config-change lets them be, or --overwrite
+        asks for a new run then. A run that is older than this file says nothing."""
         path = self.folder / INPUTS
-        theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        other = [name for name, found in self.inputs.items() if theirs.get(name, found) != found]
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(self.inputs)
+            other = [name for name, found in self.inputs.items() if theirs.get(name) != found]
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not the inputs of a run ({error}); put it back, or remove it") from None
+        words = f"{self.folder} was begun with another {' and another '.join(other)}"
+        if other and self.config.overwrite:
+            raise OtherInputs(words)
         if other and not self.config.allow_config_change:
-            raise InputError(f"--resume: {self.folder} was begun with another {' and another '.join(other)}: put back what was there, or pass "
-                             "--allow-config-change")
+            raise InputError(f"--resume: {words}: put back what was there, or pass --allow-config-change")
         if other:
             print(f"resumed with another {' and another '.join(other)}")
         return other
@@ -348,7 +363,9 @@ class Run:
         once = {name: False for name in ("overwrite", "resume", "allow_config_change") if hasattr(self.config, name)}
         configuration.save(configuration.replace(self.config, **once), self.folder / "config.toml")  # a later --config must not replay them
         if self.inputs:
-            (self.folder / INPUTS).write_text(json.dumps(self.inputs, indent=1) + "\n", encoding="utf-8")
+            partial = self.folder / f".{INPUTS}.partial"
+            partial.write_text(json.dumps(self.inputs, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, self.folder / INPUTS)
 
     def close(self):
         """Let go of the folder."""

@@ -215,13 +215,14 @@ def parse_sum(spec):
 
 def repeated(names):
     """The first name that says the same as one before it: folders are compared as folders. None if there is none."""
-    same = [os.path.realpath(name) if os.path.exists(name) else name for name in names]
+    same = [os.path.realpath(name).removesuffix("/final") if os.path.exists(name) else name for name in names]
     return next((name for i, name in enumerate(names) if same[i] in same[:i]), None)
 
 
 def reward_folders(specs):
-    """{"reward NAME": folder} of the reward models among the terms."""
-    return {f"reward {name}": hf.resolve(name) for spec in specs for _, name in parse_sum(spec) if os.path.isdir(name)}
+    """{"reward model N": folder} of the reward models among the terms."""
+    names = [name for spec in specs for _, name in parse_sum(spec) if os.path.isdir(name) and name not in (*RULES, "execution")]
+    return {f"reward model {number}": hf.resolve(name) for number, name in enumerate(names, 1)}
 
 
 def needs_execution(specs):

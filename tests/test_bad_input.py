@@ -762,6 +762,11 @@ bad("a function that returns a number too many",
     "the reward f returned 2 scores for 5 responses")
 bad("a function that returns one number for all, and a run to replace", {"one_zq.py": "def f(prompts, responses, references):\n    return 1.0\n"},
     "train_ppo --reward one_zq:f --out run --overwrite", "the reward f returned 1 scores for 5 responses")
+bad("such a function, and a single training row", {"one_zq.py": "def f(prompts, responses, references):\n    return 1.0\n",
+    **{f"one/{name}.json": [{"prompt": name, "reference": "x"}] for name in ("train", "validation", "test")}},
+    "train_ppo --data one --reward one_zq:f --out run --overwrite", "the reward f returned 1 scores for 2 responses")
+bad("a member of an ensemble that gives NaN, and a run to replace", {"nan_zq.py": "def f(prompts, responses, references):\n    return [float('nan')] * len(prompts)\n"},
+    "train_ppo --reward syntax nan_zq:f --out run --overwrite", "--reward syntax, nan_zq:f: member 2 of the reward ensemble (f) gave NaN", "mend it")
 bad("a metric without references, and a run to replace", {}, "train_ppo --data prompts.json --reward bleu --out run --overwrite",
     "--reward bleu: no validation row can be scored", "a metric needs references")
 bad("a sum that overflows, and a run to replace", {}, "train_ppo --reward 1e300*length --out run --overwrite", "are not finite")

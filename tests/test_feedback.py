@@ -729,7 +729,8 @@ def test_rows_in_other_splits_are_said(home, capsys):
 
 
 @pytest.mark.parametrize("rank, line", [("bleu + syntax", "--rank bleu + syntax: the rows of --data prompts.jsonl have no reference to go by"),
-                                        ("reward policy", "--rank reward policy: 'reward policy' is no term")])
+                                        ("reward policy", "--rank reward policy: 'reward policy' is no term"),
+                                        ("execution", "leave execution and --sandbox out")])
 def test_what_cannot_rank_is_said_of_rank(home, capsys, rank, line):
     """Before anything is sampled."""
     assert launch(f"--kind pairs {SAMPLED} --data prompts.jsonl", "a.jsonl", "--rank", rank) == 2

@@ -83,7 +83,10 @@ def test_each_model_is_asked_as_it_was_trained(ask, models):
 def test_answers_alone_go_to_stdout(ask, models):
     code, out, err = ask("--model run --prompt", "sort xs")
     answer = by_hand(models / "run/final", "sort xs", TEMPLATE, 6)
-    assert code == 0 and out in (f"# sort xs\n{answer}\n\n", f"# sort xs\n# -- cut off\n{answer}\n\n") and "device: cpu" in err
+    ask("--model run --out ended.jsonl --prompt", "sort xs")
+    ended = json.loads(Path("ended.jsonl").read_text())["ended"]
+    assert code == 0 and out == f"# sort xs\n{'' if ended else '# -- cut off' + chr(10)}{answer}\n\n" and "device: cpu" in err
+    assert ask("--model run --prompt", "sort xs " * 40)[1].startswith("# sort xs"), "what is cut to length is said on stderr"
     out = ask("--model policy run --reward reward --max-query 30 --max-response 6 --prompt", "sort xs")[1]
     for name in ("policy", "run"):
         assert f"# -- {name}, " in out and out.count(", reward ") == 2
@@ -95,6 +98,7 @@ def test_samples_depend_on_the_seed_and_on_nothing_beside(ask, models):
         return [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
     alone, again, both, other = rows("--model run --samples 3"), rows("--model run --samples 3"), rows("--model policy run --samples 3"), \
         rows("--model run --samples 3 --seed 1")
+    assert not {row["response"] for row in alone} & {row["response"] for row in other}, "no sample of one seed is one of the next"
     assert alone == again == [row for row in both if row["model"] == "run"] and alone != other
     assert [row["sample"] for row in alone] == [0, 1, 2] * 2 and len({row["response"] for row in alone}) > 2
     one = rows("--model run --top-k 1")
@@ -122,7 +126,7 @@ def test_a_prompt_a_line_from_stdin(ask):
     ("--prompt a", "--model: name at least one policy"), ("--model run", "no prompt: give --prompt, or a prompt a line on stdin"),
     ("--model run --prompt a --samples 2", "give --temperature above 0 too"), ("--model run --prompt a --top-k 2", "give --temperature above 0 too"),
     ("--model run --prompt a --template x", "has no {prompt}"), ("--model run --prompt a --overwrite", "there is no --out"),
-    ("--model run --prompt a --max-response 40", "lower one of them"), ("--model nothing --prompt a", "nothing"),
+    ("--model run --prompt a --max-response 40", "lower one of them"), ("--model policy --prompt a --max-response 400", "lower one of them"), ("--model nothing --prompt a", "nothing"),
     ("--model reward --prompt a", "score"), ("--model run --prompt a --reward execution", "needs rows with checks"),
     ("--model run --prompt a --out policy", "is a folder"), ("--model run --prompt a --reward nothing", "--reward nothing")])
 def test_bad_input_is_one_line(ask, words, line):
@@ -141,11 +145,11 @@ def test_what_is_there_is_not_replaced_unasked(ask):
     assert code == 2 and "is there already" in err and Path("a.jsonl").read_text() == "mine" and out == ""
 
 
-def test_a_terminal_is_asked_for_prompts(models):
+def test_a_terminal_is_asked_for_prompts(models, tmp_path):
     """Each line typed is answered before the next; Ctrl-D ends it, exit code 0."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-m", "nanorlhf.generate", "--model", str(models / "run")], cwd=ROOT, stdin=theirs, stdout=theirs,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "nanorlhf.generate", "--model", str(models / "run"), "--out", str(tmp_path / "a.jsonl")], cwd=ROOT,
+                               stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
     seen = b""
     for line, expected in ((b"", b""), (b"sort xs\n", b"# sort xs"), (b"\n", b""), (b"sum rows\n", b"# sum rows")):
@@ -156,6 +160,7 @@ def test_a_terminal_is_asked_for_prompts(models):
         assert expected in seen[start:], seen
     os.write(ours, b"\x04")
     assert process.wait(60) == 0, process.stderr.read()
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == ["sort xs", "sum rows"]
     process.stderr.close()
     os.close(ours)
 

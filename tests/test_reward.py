@@ -431,7 +431,7 @@ def test_a_reward_may_change_its_lists():
 def test_a_model_that_gives_nan_is_not_left_out_in_an_ensemble():
     """Beside a sum, whose NaN leaves a row out."""
     bad = RewardEnsemble([lambda *texts: [math.nan, 1.0], lambda *texts: [1.0, 1.0]])
-    with pytest.raises(RunFailed, match="a member of the reward ensemble"):
+    with pytest.raises(RunFailed, match="member 1 of the reward ensemble"):
         bad(["p", "q"], ["r", "s"])
     kept = type("Sum", (), {"leaves_out": True, "__call__": lambda self, *texts: [math.nan, 1.0]})()
     found = RewardEnsemble([kept, lambda *texts: [1.0, 1.0]])

@@ -683,23 +683,57 @@ def test_a_run_that_an_alarm_stopped_stays_stopped(home, tmp_path, monkeypatch):
     assert [row["step"] for row in log(tmp_path / "ppo") if "objective/kl" in row] == [1]
 
 
-@pytest.mark.parametrize("what", ["data set", "policy", "reward"])
+def test_every_script_knows_what_it_was_begun_with(home, tmp_path, monkeypatch, capsys):
+    """One validation row, or one rating, that changed; and with --overwrite beside --resume the run is made anew, as for other options."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in (home / "data.jsonl").read_text().splitlines()]
+    sft, stage = str(home / "runs" / "sft"), ["--save-steps", "1", "--epochs", "1", "--batch-size", "16"]
+    ratings = [{"prompt": row["prompt"], "response": row["reference"], "rating": 1 + n % 5} for n, row in enumerate(rows)]
+    pairs = [{"prompt": row["prompt"], "chosen": row["reference"], "rejected": "x"} for row in rows]
+    for script, made, words in (("train_sft", rows, ["--data", "d", "--model", sft]), ("train_dpo", pairs, ["--data", "d", "--policy", sft]),
+                                ("train_reward", pairs, ["--data", "d", "--model", sft, "--head", "native"]),
+                                ("train_reward", pairs, ["--data", "d", "--ratings", "ratings.jsonl", "--model", sft])):
+        shutil.rmtree("d", ignore_errors=True)
+        Path("d").mkdir()
+        for name, some in (("train", made[:40]), ("validation", made[40:50]), ("test", made[50:])):
+            write_rows(Path(f"d/{name}.jsonl"), some)
+        write_rows(Path("ratings.jsonl"), ratings[:40])
+        words, out = [*words, *stage, *TEXT[:4 if script != "train_reward" else 0]], script + "-ratings" * ("--ratings" in words)
+        stop_after(1, monkeypatch, importlib.import_module(script), *words, "--out", out)
+        if "--ratings" in words:
+            write_rows(Path("ratings.jsonl"), [{**row, "rating": 6 - row["rating"]} for row in ratings[:40]])
+        else:
+            write_rows(Path("d/validation.jsonl"), made[41:50])
+        assert launch(script, *words, "--out", out, "--resume") == 2, script
+        assert "was begun with another " + ("set of ratings" if "--ratings" in words else "data set") in capsys.readouterr().err
+        assert launch(script, *words, "--out", out, "--resume", "--overwrite") == 0
+        assert ": made anew" in capsys.readouterr().out
+        assert min(row["step"] for row in log(out)) <= 1 and (Path(out) / "results.json").is_file()
+    (Path(out) / "results.json").unlink()
+    for text in ("", "[]"):
+        Path(out, "inputs.json").write_text(text)
+        assert launch(script, *words, "--out", out, "--resume") == 2 and "not the inputs of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["data set", "policy", "reward model 1", "reward model 2"])
 def test_a_run_is_not_resumed_with_other_inputs_unawares(home, tmp_path, monkeypatch, capsys, what):
     """The same paths, with another model, or other rows, in them: said and refused; gone on with where that is asked for, and then known."""
-    for name in ("data.jsonl", "runs/sft/final", "runs/reward/final"):
-        place = tmp_path / name.replace("runs/", "").replace("/final", "")
-        shutil.copytree(home / name, place) if (home / name).is_dir() else shutil.copy(home / name, place)
+    shutil.copy(home / "data.jsonl", tmp_path)
+    for name, source in (("sft", "sft"), ("reward", "reward"), ("second", "reward")):
+        shutil.copytree(home / "runs" / source / "final", tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    words = ["--data", "data.jsonl", "--policy", "sft", "--reward", "0.5*reward + syntax", "--save-steps", "1", *TEXT, *PPO, "--out", "ppo"]
+    words = ["--data", "data.jsonl", "--policy", "sft", "--reward", "0.5*reward + syntax", "second", "--save-steps", "1", *TEXT, *PPO,
+             "--out", "ppo"]
     stop_after(1, monkeypatch, train_ppo, *words)
     if what == "data set":
         with open("data.jsonl", "a") as file:
             file.write(json.dumps({"prompt": "add 77 to zs", "reference": "zs + 77"}) + "\n")
     else:
-        model = GPT2.from_pretrained("sft") if what == "policy" else RewardModel.from_pretrained("reward")
+        folder = {"policy": "sft", "reward model 1": "reward", "reward model 2": "second"}[what]
+        model = (GPT2 if what == "policy" else RewardModel).from_pretrained(folder)
         with torch.no_grad():
             next(model.parameters()).add_(0.01)
-        model.save_pretrained("sft" if what == "policy" else "reward")
+        model.save_pretrained(folder)
     before = snapshot("ppo")
     assert launch("train_ppo", *words, "--resume") == 2
     assert f"--resume: ppo was begun with another {what}" in capsys.readouterr().err and snapshot("ppo") == before
@@ -713,10 +747,13 @@ def test_fingerprints_are_of_what_is_said(tmp_path):
     assert run.fingerprint(rows) == run.fingerprint([dataclasses.replace(row) for row in rows]) != run.fingerprint(rows[::-1])
     for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "x").write_text(text)
+        (tmp_path / name / "x.json").write_text(text)
     a, b, c = (run.fingerprint(tmp_path / name) for name in "abc")
-    assert a == b != c and run.fingerprint(tmp_path / "a" / "x") == run.fingerprint(tmp_path / "b" / "x")
-    (tmp_path / "b" / "x").rename(tmp_path / "b" / "y")
+    assert a == b != c and run.fingerprint(tmp_path / "a" / "x.json") == run.fingerprint(tmp_path / "b" / "x.json")
+    for name in ("README.md", ".DS_Store", ".hidden.json"):  # what comes and goes beside a model
+        (tmp_path / "b" / name).touch()
+    assert run.fingerprint(tmp_path / "b") == a
+    (tmp_path / "b" / "x.json").rename(tmp_path / "b" / "y\udcff.json")
     assert run.fingerprint(tmp_path / "b") != a
 
 
@@ -789,8 +826,11 @@ def test_predictions_for_prompts_that_repeat(tmp_path):
     rows = [{"id": None, "prompt": record.prompt, "response": f"{n}{i}"} for n in range(2) for i, record in enumerate(records)]
     assert predicted(tmp_path, rows, records) == [["00", "01", "02"], ["10", "11", "12"]]
     assert predicted(tmp_path, rows[:3], records) == [["00", "01", "02"]] and predicted(tmp_path, rows[:2], records) == [["00", "01", "00"]]
-    with pytest.raises(InputError, match="1 to 2 answers a prompt|2 to 1|answers a prompt: give each"):
+    with pytest.raises(InputError, match="answers a prompt: give each"):
         predicted(tmp_path, rows[:4], records)
+    twice = [Record(prompt=prompt, reference="x") for prompt in ("p", "q", "p", "q")]
+    own = [{"prompt": record.prompt, "response": str(i)} for i, record in enumerate(twice)]
+    assert predicted(tmp_path, own, twice) == [["0", "1", "2", "3"]] and predicted(tmp_path, own[:2], twice) == [["0", "1", "0", "1"]]
 
 
 def test_predictions_whose_id_and_prompt_disagree(tmp_path):
@@ -817,8 +857,35 @@ def test_eval_says_what_could_not_be_scored(home, tmp_path, monkeypatch, capsys)
     words = ["--model", str(home / "runs" / "sft"), "--data", str(home / "data.jsonl"), *TEXT, "--rows", "6", "--reward", "gaps_zq:f + syntax"]
     main(evaluation_script.run_evaluation, parse(evaluation_script.Config, argv=[*words, "--out", "e"], prog="eval.py"))
     (found,) = json.loads(Path("e/results.json").read_text())["results"]["test"]["metrics"].values()
-    assert found["left_out"] == 4 and found["reasons"]["reward"] == "4 of 6 answers could not be scored" and "4 of 6 answers" in capsys.readouterr().out
+    assert found["left_out"] == 4 and "reward" not in found["reasons"] and "4 of 6 answers" in capsys.readouterr().out
     assert found["reward/gaps_zq:f"] == 1.0 and 0 <= found["reward/syntax"] <= 1
+
+
+def test_ratings_that_are_all_alike_are_only_centred():
+    """A spread of 0 must not make validation ratings millions of standard deviations; of a few rows, as in a trial, that may happen."""
+    from nanorlhf.data import Splits
+    config = settings(train_reward, "--max-rows", "3")
+    train, held_out = train_reward.rated(Splits([Record("p", response="r", rating=5)] * 3, [Record("q", response="r", rating=3)], []), config)
+    assert [row["rating"] for row in train] == [0, 0, 0] and held_out[0]["rating"] == -2
+    with pytest.raises(InputError, match="all training rows are rated 5"):
+        train_reward.rated(Splits([Record("p", response="r", rating=5)] * 3, [], []), settings(train_reward, "--ratings", "x"))
+
+
+def test_a_dry_run_takes_no_more_rows_than_asked_for(home, capsys):
+    assert launch("train_sft", "--data", str(home / "data.jsonl"), *TEXT, *SFT, "--out", str(home / "runs" / "dry"), "--dry-run", "--max-rows", "2") == 0
+    assert "the first 2 rows" in capsys.readouterr().out
+
+
+def test_a_stage_that_was_begun_on_other_rows_is_made_anew(home, tmp_path, monkeypatch, capsys):
+    """`ensure` asks for --resume --overwrite: what cannot be gone on with is replaced, and the job goes on."""
+    data = tmp_path / "data.jsonl"
+    shutil.copy(home / "data.jsonl", data)
+    words = ["--data", str(data), "--out", str(tmp_path / "sft"), *TEXT, *SFT, "--save-steps", "1"]
+    stop_after(1, monkeypatch, train_sft, *words)
+    with open(data, "a") as file:
+        file.write(json.dumps({"prompt": "add 77 to zs", "reference": "zs + 77"}) + "\n")
+    assert launch("train_sft", *words, "--resume", "--overwrite") == 0
+    assert f"{tmp_path / 'sft'} was begun with another data set: made anew" in capsys.readouterr().out
 
 
 def test_without_a_policy_scores_are_normalised_over_both_sides(home, tmp_path, capsys):

@@ -172,9 +172,11 @@ def test_a_folder_is_one_by_any_name(tmp_path, monkeypatch):
     assert repeated(["syntax", "length", "syntax"]) == "syntax" and repeated(["a", "c", "./c"]) is None
     with pytest.raises(InputError, match=r"\./a is there twice; add up its weights"):
         parse_sum("0.5*a + 0.5*./a")
-    (tmp_path / "a" / "config.json").write_text("{}")
+    for name in ("a/final", "length", "execution"):  # a folder of a rule's name is not what the rule's name means
+        (tmp_path / name).mkdir()
+    assert repeated(["a", "a/final"]) == "a/final"
     monkeypatch.setattr("nanorlhf.terms.hf.resolve", lambda name: f"resolved {name}")
-    assert reward_folders(["0.5*a + syntax", "nowhere", "b"]) == {"reward a": "resolved a", "reward b": "resolved b"}
+    assert reward_folders(["0.5*a + syntax - length", "nowhere", "b", "execution"]) == {"reward model 1": "resolved a", "reward model 2": "resolved b"}
 
 
 @pytest.mark.parametrize("source, words", [("import sys\nsys.exit(5)\n", "SystemExit: 5"), ("1 / 0\n", "ZeroDivisionError: division by zero"),
