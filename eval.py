@@ -334,7 +334,8 @@ def run_evaluation(config):
                                     numbers[name], numbers[name]["reasons"], splits.kind == "conala", leakage["overlap"])
         for name, found in numbers.items():
             if found.get("left_out"):
-                findings[name].append(finding("left out", True, f"reward: {found['left_out']} of {len(records)} answers could not be scored", rows=found["left_out"]))
+                says = f"reward: {found['left_out']} of {len(records)} answers could not be scored"
+                findings[name].append(finding("left out", True, says, rows=found["left_out"]))
         gains = {name: differences(counted[names[0]], counted[name]) for name in names[1:]}
         met = {name: {metric: None if found.get(metric) is None else found[metric] >= value for metric, value in targets.items()}
                for name, found in numbers.items()}

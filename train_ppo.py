@@ -11,8 +11,8 @@ Each step, with the numbers of the algorithm box in the README:
 
 Deviations from lm-human-preferences, by default: kl_coef stays fixed (--kl-target steers it), temperature 1, 2 epochs, rewards not
 whitened (--whiten-rewards), advantages whitened once a batch rather than once a minibatch, gradients clipped, responses end at EOS
-and a missing one costs nothing (--missing-eos-penalty), and the model kept is the best by validation score (the reward, clipped and penalised as in training). As there, policy and
-value head share a transformer.
+and a missing one costs nothing (--missing-eos-penalty), and the model kept is the best by validation score (the reward, clipped and
+penalised as in training). As there, policy and value head share a transformer.
 Stages that are missing are made first: SFT in `sft` and the reward model in `reward`, beside --out.
 
     python train_ppo.py                                              # everything, on the embedded data, CPU
