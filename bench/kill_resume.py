@@ -85,7 +85,7 @@ def finish(stage, arguments):
 def saving_now(out):
     """Whether a folder is being written: the temporary one is there."""
     try:
-        return any(name.startswith(".") for folder in (out, out / "checkpoints") for name in os.listdir(folder))
+        return any(entry.name.startswith(".") and entry.is_dir() for folder in (out, out / "checkpoints") for entry in os.scandir(folder))
     except FileNotFoundError:  # the trainer is only about to make, or to replace, the folder
         return False
 

@@ -44,6 +44,7 @@ from nanorlhf.data import sha256
 from nanorlhf.errors import InputError
 
 
+UNBORN = ".config.toml.*.partial"  # all that a run killed in its first moment leaves
 INPUTS = "inputs.json"  # sha256 of what a run was begun with
 KEPT = "interrupted; what was saved is kept, and the same command with --resume goes on from it"
 NOTHING_KEPT = "interrupted; nothing was finished: run it again, with --overwrite where it says that --out holds a run"
@@ -212,7 +213,7 @@ def check_run(config):
     if not resume:
         return None
     if not (out / "config.toml").is_file():
-        if overwrite:
+        if overwrite or any(out.glob(UNBORN)):
             return None
         raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
     changed, finished = changes(config, out), (out / "results.json").is_file()
@@ -273,7 +274,7 @@ def check_free(out, may_exist=False):
             raise InputError(f"--out {str(out)[:60]}...: the name is too long; shorten it") from None
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, not a folder; name another")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and {*out.iterdir()} - {*out.glob(UNBORN)}:
         if not (out / "config.toml").exists():
             raise InputError(f"--out {out}: the folder is not empty and holds no run of ours; name another")
         if not may_exist:

@@ -225,6 +225,18 @@ def test_a_new_run_holds_its_config(run, tmp_path):
         Run(settings("--out", str(run.folder)))
 
 
+@pytest.mark.parametrize("words", [[], ["--resume"], ["--overwrite"], ["--resume", "--overwrite"]], ids=" ".join)
+def test_a_run_killed_in_its_first_moment_is_begun_anew(tmp_path, words):
+    """Before its config.toml was whole: there is nothing to go on from, and nothing that would be lost."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.toml.1234.partial").write_text("seed =")
+    config = settings("--out", str(out), *words)
+    assert runs.check_run(config) is None
+    Run(config).close()
+    assert sorted(path.name for path in out.iterdir()) == ["config.toml"]
+
+
 def test_overwrite_replaces_the_old_run(run):
     run.log(1, {"loss": 1.0})
     run.save("final", writer("old"))
