@@ -144,6 +144,7 @@ def prompts_of(config):
 
 
 def generate(config):
+    """Answer all prompts and show them; with --out the file holds, whole, what has been answered so far."""
     if config.out:
         check_out(Path(config.out), config.overwrite)
     asked = prompts_of(config)

@@ -93,6 +93,7 @@ def checkpoints(folder):
 
 
 def main(words):
+    """Print the status of the run folder in `words`, the command line's; returns the exit code."""
     if len(words) != 1 or words[0].startswith("-"):
         print(__doc__)
         return 0 if words in (["-h"], ["--help"]) else 2

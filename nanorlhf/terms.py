@@ -106,6 +106,7 @@ class Spread:
         self.count, self.mean, self.squares = count, mean, squares
 
     def see(self, values):
+        """Count these values (B,) in."""
         values = values[~values.isnan()].double()
         if not len(values):
             return
