@@ -264,6 +264,8 @@ def _term(name, device, execution):
         near = nearest(name.lower(), ["execution", *RULES])
         raise InputError(f"--reward {name}: no folder and no term of that name; " + (f"did you mean {near}? " if near else "") +
                          f"Terms are execution, {', '.join(RULES)}, folders of reward models, and module:function")
+    if {"execution", *RULES}.intersection(re.split("[+-]", name)) and not os.path.exists(name):
+        raise InputError(f"--reward {name}: no folder of that name; for a sum put a space on either side of + and -")
     return RewardModel.from_pretrained(name).to(device)
 
 
