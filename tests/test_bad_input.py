@@ -752,7 +752,7 @@ bad("a reward that is NaN, and a run to replace", {"nan_zq.py": "def f(*columns)
     "--reward '1*nan_zq:f'")
 bad("a list given twice", {}, "train_ppo --reward syntax --reward length", "--reward is given twice", "--reward A B")
 bad("one reward twice", {}, "train_ppo eval --reward syntax length syntax", "--reward names syntax twice", "name it once")
-bad("a sum without spaces", {}, "train_ppo eval --reward syntax-length", "--reward syntax-length: no folder of that name", "a space on either side of + and -")
+bad("a difference without spaces", {}, "train_ppo eval --reward syntax-length", "--reward syntax-length: no folder of that name", "a space on either side of + and -")
 bad("a weight without *", {}, "train_ppo eval --reward 0.7reward", "'0.7reward' is no term", "weight*term")
 bad("neither folder nor function", {}, "train_ppo --reward my:reward:1",
     "--reward my:reward:1: neither a folder nor module:function", "such as")
