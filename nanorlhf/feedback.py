@@ -124,6 +124,7 @@ from nanorlhf.gpt2 import GPT2
 from nanorlhf.logprobs import log_softmax
 from nanorlhf.metrics import METRIC_NAMES, evaluate, exact_match, parses
 from nanorlhf.metrics.execution import run_checks
+from nanorlhf.metrics.match import parse as parse_code
 from nanorlhf.mutations import each, identifiers, mutations_of, passing, row_names
 from nanorlhf.pipeline import check_policy
 from nanorlhf.reward import call_reward
@@ -321,7 +322,7 @@ def mutation_rows(config, records, device, box):
     mutated = [mutations_of(record.reference, names, rng, config.mutations) for record in records]
     verdicts = each(passing(box), mutated, records) if box else [dict.fromkeys(some) for some in mutated]
     rows = [_row(f"{name}-{i}", record, _source(config, checked=passed is not None),
-                 chosen=ast.unparse(ast.parse(record.reference)), rejected=code)  # in one style, as mutations are
+                 chosen=ast.unparse(parse_code(record.reference)), rejected=code)  # in one style, as mutations are
             for name, record, some in zip(row_names(records), records, verdicts)
             for i, (code, passed) in enumerate(some.items()) if passed is not True]
     found = Counter(passed for some in verdicts for passed in some.values())

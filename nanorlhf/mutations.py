@@ -10,6 +10,7 @@ import ast
 
 from nanorlhf.metrics import exact_match
 from nanorlhf.metrics.execution import passes_checks
+from nanorlhf.metrics.match import UNPARSABLE, parse
 
 OPERATORS = [(ast.Add, ast.Sub, ast.Mult), (ast.FloorDiv, ast.Div, ast.Mod), (ast.Lt, ast.LtE, ast.Gt, ast.GtE),
              (ast.Eq, ast.NotEq), (ast.In, ast.NotIn), (ast.And, ast.Or)]
@@ -41,7 +42,7 @@ def preference_pairs(records, samples, rng, mutations=1, most=2, passes=None):
     for name, record, some, more in zip(row_names(records), records, wrong, mutated):
         rejected = [(record.reference, response, "policy") for response in some[:most]]
         # A mutation comes out in ast.unparse's style; so must what it is set against, or quotes would tell them apart.
-        rejected += [(ast.unparse(ast.parse(record.reference)), response, "mutation") for response in more]
+        rejected += [(ast.unparse(parse(record.reference)), response, "mutation") for response in more]
         pairs += [{"prompt": record.prompt, "chosen": chosen, "rejected": response, "source": source,
                    "id": f"{name}-{i}"} for i, (chosen, response, source) in enumerate(rejected)]
     return pairs
@@ -83,19 +84,24 @@ def mutate(code, names, rng, tries=8):
     operator its neighbour, two arguments trade places, a keyword argument goes. The result parses and is not equal to
     the code.
     """
+    if parse(code) is None:
+        return None
     try:
-        whole = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError):
+        whole = ast.dump(ast.parse(ast.unparse(parse(code))))
+    except UNPARSABLE:  # nested so deep that it cannot be written again
         return None
     for _ in range(tries):
-        tree = ast.parse(code)
+        tree = parse(code)
         edits = [edit for node in ast.walk(tree) for edit in _edits(node, names)]
         if not edits:
             return None
         rng.choice(edits)(rng)
-        mutated = ast.unparse(ast.fix_missing_locations(tree))
-        if ast.dump(whole) != ast.dump(ast.parse(mutated)):
-            return mutated
+        try:
+            mutated = ast.unparse(ast.fix_missing_locations(tree))
+            if whole != ast.dump(ast.parse(mutated)):
+                return mutated
+        except UNPARSABLE:  # the 1 of `case -1:` may become -1, and `case --1:` is no pattern
+            continue
     return None
 
 
@@ -150,7 +156,4 @@ def _edits(node, names):
 
 def identifiers(code):
     """The identifiers a snippet uses; none if it does not parse."""
-    try:
-        return {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-    except (SyntaxError, ValueError, RecursionError):
-        return set()
+    return {node.id for node in ast.walk(parse(code) or ast.Module()) if isinstance(node, ast.Name)}

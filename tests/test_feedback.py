@@ -96,6 +96,28 @@ def test_what_does_not_parse_has_no_mutation(code):
     assert mutate(code, NAMES, random.Random(0)) is None
 
 
+def test_code_too_deep_to_be_written_again_has_no_mutation():
+    """Python parses a sum of 2000 terms, `ast.unparse` ends in a RecursionError; train_reward.py used to end with it."""
+    deep = " + ".join("a" * 2000)
+    ast.parse(deep)
+    assert mutate(deep, NAMES, random.Random(0)) is None
+    assert preference_pairs([Record("p", reference=deep)], [["b"]], random.Random(0))[0]["rejected"] == "b"
+
+
+def test_an_edit_that_python_cannot_parse_is_tried_again():
+    """The 1 of `case -1:` may become -1, and `case --1:` is a syntax error, which used to end train_reward.py; 0, 2, 3 and 6 stay."""
+    rng = random.Random(0)
+    assert {mutate("match 0:\n    case -1:\n        pass", [], rng) for _ in range(200)} == {
+        f"match {a}:\n    case -{b}:\n        pass" for a, b in [(a, 1) for a in (-2, -1, 1, 2, 5)] + [(0, b) for b in (0, 2, 3, 6)]}
+
+
+@pytest.mark.filterwarnings("error")
+def test_mutations_warn_of_nothing():
+    """Of an escape in a reference, such as this one, Python 3.12 prints a warning at each ast.parse."""
+    code = r"re.sub('\d', '', x)"
+    assert mutate(code, NAMES, random.Random(0)) and preference_pairs([Record("p", reference=code)], [[]], random.Random(0))
+
+
 @pytest.mark.parametrize("code", ["", "pass", "True", "None"])
 def test_nothing_to_edit_gives_none(code):
     assert mutate(code, NAMES, random.Random(0)) is None
@@ -141,6 +163,18 @@ def test_mutations_make_pairs_too():
         assert names <= {"a", "b", "len", "xs"}
     assert len({pair["id"] for pair in pairs}) == len(pairs), "ids are unique"
     assert len({(pair["prompt"], pair["rejected"]) for pair in pairs}) == len(pairs), "no mutation twice"
+
+
+def test_a_mutations_names_are_those_of_all_references():
+    """Those of its own reference alone would leave "x" nothing to become."""
+    pairs = preference_pairs([Record("p", reference="x"), Record("q", reference="y")], [[], []], random.Random(0))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("x", "y"), ("y", "x")]
+
+
+def test_a_mutation_and_its_reference_are_of_one_style():
+    """Quotes, or spaces, would tell them apart; what the policy wrote stands against the reference as it is."""
+    pairs = preference_pairs([Record("p", reference='f("a",1)')], [["g"]], random.Random(0))
+    assert [(pair["chosen"], pair["source"]) for pair in pairs] == [('f("a",1)', "policy"), ("f('a', 1)", "mutation")]
 
 
 def test_pairs_are_deterministic():
