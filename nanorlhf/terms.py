@@ -274,11 +274,12 @@ def function(spec):
     module_name, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):
         raise InputError(f"--reward {spec}: neither a folder nor module:function, such as my_rewards:length")
-    sys.path.insert(0, os.getcwd())
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise InputError(f"--reward {spec}: no module {error.name!r}; it is looked for in {os.getcwd()} and on the Python path") \
+        raise InputError(f"--reward {spec}: no module {error.name!r}; it is looked for in {folder} and on the Python path") \
             from None
     except SyntaxError as error:
         raise InputError(f"--reward {spec}: {error.filename}:{error.lineno}: {error.msg}; mend it there") from None
@@ -286,7 +287,8 @@ def function(spec):
         raise InputError(f"--reward {spec}: importing {module_name} ended with {type(error).__name__}: {error}; mend it there (--debug shows "
                          "where)") from error
     finally:
-        sys.path.pop(0)
+        if folder in sys.path:  # not the first of the path: the module may have put a folder of its own before it
+            sys.path.remove(folder)
     found = getattr(module, name, None)
     if found is not None and not callable(found):
         raise InputError(f"--reward {spec}: {name} is of type {type(found).__name__}; name a function")
