@@ -94,8 +94,10 @@ def test_execution_as_reward(box):
     execution = ExecutionReward(box, records)
     scores = execution(["p", "q", "p"], ["3", "1", "sum(xs)"], ["sum(xs)", "1", "sum(xs)"])
     assert scores[0] == 0.5 and math.isnan(scores[1]) and scores[2] == 1
-    twice = ExecutionReward(box, [Record("p", "sum(xs)", checks=CHECKS[i:i + 1]) for i in (0, 1, 1)])
-    assert twice(["p"], ["3"], ["sum(xs)"]) == [0.5], "rows alike in prompt and reference share their checks"
+    records = [Record("p", "sum(xs)", checks=CHECKS[i:i + 1]) for i in (0, 1, 1)] + [Record("p", "5", checks=CHECKS[1:])]
+    shared = ExecutionReward(box, records)
+    assert shared(["p", "p"], ["3", "5"], ["sum(xs)", "5"]) == [0.5, 1.0], "rows alike in prompt and reference share their checks"
+    assert [record.checks for record in records] == [CHECKS[:1], CHECKS[1:], CHECKS[1:], CHECKS[1:]], "and keep their own"
     reward = load_reward(["2*execution - syntax"], execution=execution)
     assert reward(["p", "p"], ["3", "sum("], ["sum(xs)", "sum(xs)"]).tolist() == [0.0, 0.0]
     assert reward.values["execution"].tolist() == [0.5, 0.0]

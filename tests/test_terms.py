@@ -33,8 +33,10 @@ def test_rules_by_hand(name, response, expected):
 
 @pytest.mark.parametrize("name", ["exact_match", "bleu", "rougeL", "codebleu", "token_f1", "ruby"])
 def test_metrics_against_the_reference(name):
-    """1 for the reference itself (n-gram scores of three tokens are below), less for another text, NaN without a reference."""
-    same, missing, other = RULES[name](PROMPTS, ["x + 1", "anything", "g(b)"], REFERENCES)
+    """1 for the reference itself (n-gram scores of three tokens are below), less for another text, NaN without a reference; and what
+    `evaluate` says of this one pair, which it says of no other way round."""
+    same, missing, other = RULES[name](PROMPTS, ["x + 1", "anything", "x = f(a) + 1"], REFERENCES)
+    assert other == pytest.approx(metrics.evaluate(["x = f(a) + 1"], ["f(a, b)"], [name])[name])
     assert math.isnan(missing) and 0 <= other < 1
     assert same > other and (same == pytest.approx(1) or name in ("bleu", "codebleu"))
 
@@ -53,6 +55,14 @@ def test_each_term_is_clipped_before_its_weight():
     reward = Combination([Term("a", 3, constant(-5, 0.5, 5))], clip=1.0)
     assert reward(PROMPTS, ["", "", ""]).tolist() == [-3.0, 1.5, 3.0]
     assert reward.values["a"].tolist() == [-5, 0.5, 5]
+
+
+def test_each_term_is_clipped_after_its_normalisation():
+    """(100, 104) has mean 102 and deviation 2: (110, 103) is (4, .5), clipped to 1 (1, .5), times 3."""
+    values = iter([[100, 104], [110, 103]])
+    reward = Combination([Term("a", 3, lambda *texts: next(values))], clip=1.0, normalise=True)
+    reward.start(["p", "q"], ["", ""])
+    assert reward(["p", "q"], ["", ""]).tolist() == [3.0, 1.5]
 
 
 def test_a_failed_term_is_nan_and_spoils_its_row_alone():
@@ -192,6 +202,18 @@ def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, source, words):
 
 def test_execution_is_found_in_any_spec():
     assert needs_execution(["runs/a", "0.1*execution + syntax"]) and not needs_execution(["runs/execution", "syntax"])
+
+
+@pytest.mark.parametrize("spec, options, expected", [
+    ("length", dict(clip=2.0), [1, 2]), ("length", dict(normalise=True), [-1, 1]), ("2*length", dict(clip=0.5, normalise=True), [-1, 1]),
+    ("lengths_zq:f", dict(clip=2.0), [1, 2]), ("lengths_zq:f", dict(normalise=True), [-1, 1])])
+def test_clip_and_normalisation_reach_the_terms(tmp_path, monkeypatch, spec, options, expected):
+    """Of one term too, a lone function among them: lengths 1 and 3, of mean 2 and deviation 1."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lengths_zq.py").write_text("def f(prompts, responses, references): return [len(text.split()) for text in responses]\n")
+    reward = load_reward([spec], **options)
+    reward.start(["p", "q"], ["x", "x + 1"])
+    assert reward(["p", "q"], ["x", "x + 1"]).tolist() == expected
 
 
 def test_several_specs_make_an_ensemble_of_sums():
