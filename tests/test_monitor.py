@@ -108,9 +108,10 @@ LIMITS = [("kl_high", 15.0, 15.01), ("entropy", 0.1, 0.099), ("distinct", 0.25, 
 
 @pytest.mark.parametrize("name, inside, outside", LIMITS)
 def test_the_limits_themselves_are_within_the_band(name, inside, outside):
-    """Relative ones, too: the value of step 1 is 1."""
+    """Relative ones, too: they are multiples of the value of step 1, here 4 (a power of 2: no product is rounded)."""
+    start, times = 4.0, 4.0 if BANDS[name].relative else 1.0
     for value, expected in ((inside, []), (outside, [name])):
-        alarms = Monitor(200).replay(training(BANDS[name].metric, [1.0] + [value] * 40))
+        alarms = Monitor(200).replay(training(BANDS[name].metric, [start] + [value * times] * 40))
         assert [alarm.name for alarm in alarms] == expected
 
 
@@ -153,6 +154,9 @@ def test_kl_bands_of_a_target():
     assert run(1.99, 6.0) == [("kl_low", 101)]
     assert Monitor(200).replay(training("objective/kl", [0.01] * 150)) == [], "without a target nothing is too low"
     assert run(16.0, None) == [("kl_high", 5)]
+    for kl, advice in ((18.1, "the steering is too slow; raise --kl-coef"), (1.99, "the policy hardly moves; lower --kl-coef")):
+        (alarm,) = Monitor(200, kl_target=6.0).replay(training("objective/kl", [kl] * 110))
+        assert alarm.message.split(": ", 2)[2].startswith(advice), "not that of the other side"
 
 
 def test_bands_may_be_ones_own():
