@@ -16,14 +16,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from nanorlhf import evaluation
 from nanorlhf.config import parse
 from nanorlhf.data import Record, Splits
-from nanorlhf.evaluation import answer, known, summary
+from nanorlhf.errors import InputError
+from nanorlhf.evaluation import add_rewards, answer, known, open_sandbox, report, sample_answers, split_results, summary, table
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
 from nanorlhf.ops import TORCH, choose
 from nanorlhf.reward import RewardModel
 from nanorlhf.rollout import roll_out
-from nanorlhf.run import adamw, main
+from nanorlhf.run import RunFailed, adamw, main
+from nanorlhf.sandbox import Outcome
+from nanorlhf.terms import Combination, Term
 from nanorlhf.tokenizer import Tokenizer
 
 train_sft, train_reward, train_ppo, train_dpo = (
@@ -548,3 +552,118 @@ def test_the_summary_of_three_answers_by_hand():
     assert numbers["ended"] == pytest.approx(1 / 3) and known(numbers)["eval/eos"] == pytest.approx(1 / 3)
     assert (numbers["length"], numbers["kl"], numbers["reward"]) == (6, pytest.approx(0.1), 0.5)
     assert numbers["exact_match"] == 0.5 and numbers["left_out"] == 1 and numbers["execution"] is None
+
+
+@pytest.mark.parametrize("words", [["--top-k", "1"], ["--top-p", "1e-6"]], ids=["top_k", "top_p"])
+def test_answers_keep_the_likeliest_tokens_that_were_asked_for(words, policy, tokenizer, records):
+    """Validation that samples from the whole distribution although training does not: bounded to the likeliest token it is greedy."""
+    found = [[row["response"] for row in answer(policy, tokenizer, records, settings(train_ppo, *TEXT, *more), temperature)]
+             for more, temperature in ((words, 1.0), ([], 0), ([], 1.0))]
+    assert found[0] == found[1] != found[2], "the test wants a policy that is not sure"
+
+
+def test_the_kl_of_an_answer_by_hand(policy, tokenizer, records, monkeypatch):
+    """The reference's log-probs less the policy's, padding counted, or another row's: log pi - log ref of the tokens sampled, summed."""
+    other, batches, real = shaken(copy.deepcopy(policy), 0.1), [], evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda *args: batches.append((args, real(*args))) or batches[-1][1])
+    rows = answer(policy, tokenizer, records, settings(train_ppo, *TEXT, "--micro-batch-size", "2"), 0.7, other, batch_size=3)
+    expected = []
+    for (_, ids, mask, *_), (responses, response_mask, _) in batches:
+        for i in range(len(ids)):
+            query, response = ids[i][mask[i].bool()].tolist(), responses[i][response_mask[i].bool()].tolist()
+            pi, ref = (logps(model, query, response, 0.7)[range(len(response)), response].sum().item() for model in (policy, other))
+            expected.append(pi - ref)
+    assert len(batches) == 3 and len({row["length"] for row in rows}) > 1, "the test wants ragged answers"
+    assert [row["kl"] for row in rows] == pytest.approx(expected, abs=1e-4)
+
+
+def test_rewards_of_answers_by_hand():
+    """A row left out that counts as 0, or a term under another's name: 2 * length + known, which is NaN for the second row."""
+    rows = [{"id": str(n), "prompt": "p", "response": "x" * n, "reference": None} for n in range(3)]
+    found = add_rewards(rows, Combination([Term("length", 2.0, lambda p, responses, r: [len(text) for text in responses]),
+                                           Term("known", 1.0, lambda *texts: [5, math.nan, 7])]))
+    assert [(row["reward"], row["reward/length"], row["reward/known"]) for row in found] == [(5, 0, 5), (None, 1, None), (11, 2, 7)]
+    assert (summary(found)["reward"], summary(found)["reward/length"], summary(found)["left_out"]) == (8, 1, 1)
+    with pytest.raises(RunFailed, match="step 3: the reward is not finite for 2 of 3 responses: rows 0, 2$"):
+        add_rewards(rows, lambda *texts: [math.nan, 1.0, math.inf], "step 3")
+
+
+def test_the_gain_is_the_last_model_less_the_first():
+    """The table would say that training made worse what it made better. Exact matches 0 1 - against 1 1 1: over the two rows that both
+    have, 1 - 0.5; the model between is in no gain."""
+    matches = {"SFT": (0.0, 1.0, None), "half": (0.0, 0.0, 0.0), "PPO": (1.0, 1.0, 1.0)}
+    answers = {(mode, name): [{"prompt": f"p{n}", "reference": "x", "response": f"{mode} {name}", "exact_match": match}
+                              for n, match in enumerate(matches[name])] for mode in ("sampled", "greedy") for name in matches}
+    results = split_results(answers, ["SFT", "half", "PPO"])
+    gain = results["gain"]["greedy"]["exact_match"]
+    assert gain["difference"] == 0.5 and 0 <= gain["low"] <= 0.5 <= gain["high"] <= 1 and results["gain"]["sampled"]["execution"] is None
+    shown = table("test", 3, results).splitlines()
+    assert "| test, 3 prompts | SFT | half | PPO | PPO - SFT [95 %] |" in shown and "|---|---:|---:|---:|---:|" in shown
+    assert "| exact match (AST-equal), greedy | 0.500 | 0.000 | 1.000 | +0.500 [+0.000, +1.000] |" in shown
+    assert not any("passes its checks" in line for line in shown), "what no row has is no line"
+    assert sample_answers(answers, ["SFT", "PPO"], 2) == [
+        {"prompt": f"p{n}", "reference": "x", "SFT": "greedy SFT", "PPO": "greedy PPO"} for n in range(2)]
+
+
+def test_a_report_is_of_sampled_and_of_greedy_answers(policy, tokenizer, records, tmp_path, capsys):
+    """Test answers of another temperature or seed than asked for, of the wrong model, or of one split alone: each can be drawn again.
+    The KL is to the reference, and of sampled answers alone."""
+    config = settings(train_ppo, *TEXT, "--temperature", "0.7", "--seed", "5")
+    models = {"SFT": policy, "PPO": shaken(copy.deepcopy(policy), 0.1)}
+    splits = Splits([], [], records[:6], {"hard": records[6:]})
+    found = report(tmp_path, models, tokenizer, splits, config, lambda p, responses, r: [len(text) for text in responses], policy)
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    wanted = [(split, mode, name, row["response"]) for split, some in (("test", records[:6]), ("hard", records[6:]))
+              for mode, temperature in (("sampled", 0.7), ("greedy", 0)) for name, model in models.items()
+              for row in answer(model, tokenizer, some, config, temperature, seed=5)]
+    assert [(row["split"], row["mode"], row["model"], row["response"]) for row in rows] == wanted
+    assert all(("kl" in row) == (row["mode"] == "sampled") for row in rows)
+    test = found["test"]["test"]
+    assert abs(test["sampled"]["SFT"]["kl"]) < 1e-4 < 0.1 < abs(test["sampled"]["PPO"]["kl"]) and list(found["test"]) == ["test", "hard"]
+    shown = [text for split, mode, name, text in wanted if (split, mode, name) == ("test", "greedy", "PPO")][:5]
+    assert [sample["PPO"] for sample in found["samples"]] == shown
+    assert [sample["prompt"] for sample in found["samples"]] == [record.prompt for record in records[:5]]
+    assert "| reward, sampled |" in capsys.readouterr().out, "a rule is not a learned reward"
+
+
+class Box:
+    """A sandbox that notes how it was asked for; every code passes."""
+    layers, asked = {"seccomp": True, "landlock": False}, None
+
+    def __init__(self, timeout, **options):
+        type(self).asked = {"timeout": timeout, **options}
+
+    def check_many(self, jobs):
+        return [Outcome(True, "ok", 0.0, "", 1) for _ in jobs]
+
+    def close(self):
+        pass
+
+
+CHECKED = Splits([Record("p", "1", checks=[{"setup": "", "value": "1"}])], [], [])
+
+
+def test_the_sandbox_is_the_one_asked_for(monkeypatch, capsys):
+    """A time limit, a number of workers or a mode that stays at its default."""
+    monkeypatch.setattr(evaluation, "Sandbox", Box)
+    words = ["--sandbox", "weak", "--sandbox-timeout", "0.25", "--sandbox-workers", "3"]
+    assert isinstance(open_sandbox(settings(train_ppo, *words), CHECKED), Box)
+    assert Box.asked == {"timeout": 0.25, "workers": 3, "mode": "weak"} and capsys.readouterr().out == "sandbox: seccomp\n"
+
+
+@pytest.mark.parametrize("splits, words, needed, outcome", [
+    (Splits([Record("p", "1")], [], []), [], False, None), (Splits([Record("p", "1")], [], []), [], True, "has no checks to run code on"),
+    (CHECKED, ["--sandbox", "off"], False, None), (CHECKED, ["--sandbox", "off"], True, "--reward asks for execution"),
+    (CHECKED, [], False, None), (CHECKED, [], True, "no walls here"), (CHECKED, ["--sandbox", "require"], False, "no walls here"),
+    (CHECKED, ["--sandbox", "weak"], False, "no walls here")])
+def test_where_no_sandbox_can_be_had(monkeypatch, capsys, splits, words, needed, outcome):
+    """A reward of execution without a sandbox would be none, and a wall that was asked for must not go silently. Else the run goes on."""
+    def refuse(*args, **options):
+        raise InputError("no walls here")
+    monkeypatch.setattr(evaluation, "Sandbox", refuse)
+    if outcome:
+        with pytest.raises(InputError, match=outcome):
+            open_sandbox(settings(train_ppo, *words), splits, needed)
+    else:
+        assert open_sandbox(settings(train_ppo, *words), splits, needed) is None
+        assert ("not measured" in capsys.readouterr().out) == (splits is CHECKED)
