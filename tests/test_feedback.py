@@ -652,14 +652,56 @@ def test_mutations_that_pass_are_discarded(home, capsys):
     assert len(read("run.jsonl", "preference")) == len(ran)
 
 
-def test_mutations_without_checks(home, capsys):
-    """Four validation rows, one mutation each; nothing to run."""
-    assert launch("--kind mutations --data plain.jsonl --mutations 1 --split validation", "a.jsonl") == 0
-    rows, records = rows_of("a.jsonl"), load_splits("plain.jsonl").validation
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_mutations_without_checks(home, capsys, split):
+    """Four rows of a split, one mutation each; nothing to run."""
+    assert launch(f"--kind mutations --data plain.jsonl --mutations 1 --split {split}", "a.jsonl") == 0
+    rows, records = rows_of("a.jsonl"), getattr(load_splits("plain.jsonl"), split)
     assert sorted(row["prompt"] for row in rows) == sorted(record.prompt for record in records) and len(rows) == 4
     assert "0 fail some, 4 were not run; 0 references gave none" in capsys.readouterr().out
-    source = {"kind": "mutations", "data": "plain.jsonl", "split": "validation", "seed": 0, "checked": False}
+    source = {"kind": "mutations", "data": "plain.jsonl", "split": split, "seed": 0, "checked": False}
     assert all(row["source"] == source for row in rows)
+
+
+def test_mutations_of_another_seed_and_of_another_style(home):
+    """A seed draws others, and repeats its own; the reference is written as its mutation is, or spaces would tell them apart."""
+    write("dense.jsonl", [{"prompt": row["prompt"], "reference": row["reference"].replace(", ", ",")} for row in rows_of("plain.jsonl")])
+    found = {}
+    for name, seed in (("a", 0), ("b", 1), ("c", 1)):
+        assert launch(f"--kind mutations --data dense.jsonl --split all --seed {seed}", f"{name}.jsonl") == 0
+        found[name] = {(row["prompt"], row["rejected"]) for row in rows_of(f"{name}.jsonl")}
+        assert all(", " in row["chosen"] for row in rows_of(f"{name}.jsonl"))
+    assert found["a"] != found["b"] == found["c"]
+
+
+def test_the_options_of_ratings_reach_the_rater(home, monkeypatch):
+    """A rating prompt, a batch size or a precision that is accepted, written down as such, and does nothing."""
+    asked, real = [], feedback.rate
+    monkeypatch.setattr(feedback, "rate", lambda *args: asked.append(args[4:]) or real(*args))
+    template = "{prompt} {response} Rating:"
+    assert launch(f"{RATED} --data answered.jsonl --batch-size 7 --precision bf16 --device cpu", "a.jsonl", "--rating-prompt", template) == 0
+    assert asked == [(template, 7, "bf16")]
+
+
+def test_a_rater_reads_at_the_precision_asked_for(models):
+    """bfloat16 keeps 8 bits of a logit: not the same ratings, and nearly the same."""
+    rater, tokenizer = GPT2.from_pretrained(models / "rater"), Tokenizer.from_pretrained(models / "rater")
+    whole, half = (rate(rater, tokenizer, ["add 1"], ["xs"], precision=precision)[0]["rating"] for precision in ("fp32", "bf16"))
+    assert whole != half and whole == pytest.approx(half, abs=0.2)
+
+
+def test_where_no_sandbox_can_be_had(home, monkeypatch, capsys):
+    """Ratings do without what the checks say; mutations that nobody ran would be taken for wrong ones, and are refused until
+    --sandbox off says that they may be."""
+    def refuse(*args, **options):
+        raise InputError("no walls here")
+    monkeypatch.setattr("nanorlhf.evaluation.Sandbox", refuse)
+    answers_of(monkeypatch, "{0}")
+    assert launch(f"{RATED} {SAMPLED} --data checked.jsonl --max-rows 2", "a.jsonl") == 0
+    assert [row["comment"] for row in rows_of("a.jsonl")] == ["", ""] and "execution is not measured: no walls here" in capsys.readouterr().out
+    assert launch("--kind mutations --data checked.jsonl", "b.jsonl") == 2 and "no walls here" in capsys.readouterr().err
+    assert launch("--kind mutations --data checked.jsonl --sandbox off", "b.jsonl") == 0
+    assert launch("--kind mutations --data plain.jsonl", "c.jsonl") == 0, "nothing to run"
 
 
 ERRORS = {  # words: what the line must say
