@@ -621,6 +621,18 @@ def test_pairs_ranked_by_a_function(home, monkeypatch):
     assert all(len(row["chosen"]) == 1 and row["chosen_score"] == -1 for row in rows_of("a.jsonl"))
 
 
+def test_what_cannot_be_scored_is_not_ranked(home, monkeypatch, capsys):
+    """A sum says NaN where it cannot score an answer, and NaN is neither more nor less than anything; of a lone function it is a fault."""
+    Path("holes_zq.py").write_text("def f(prompts, responses, references):\n"
+                                   "    return [float('nan') if r.startswith('?') else len(r) for r in responses]\n")
+    answers_of(monkeypatch, "?", "{0} + {0}", "?" * 40, "{1}", "??")
+    assert launch(RANKED + "prompts.jsonl --rank 1*holes_zq:f", "a.jsonl") == 0
+    rows = rows_of("a.jsonl")
+    assert len(rows) == 32 and all(" + " in row["chosen"] and row["rejected"].isdigit() for row in rows)
+    assert launch(RANKED + "prompts.jsonl --rank holes_zq:f", "b.jsonl") == 1
+    assert "--rank holes_zq:f: the reward is not finite for" in capsys.readouterr().err and not Path("b.jsonl").exists()
+
+
 @linux
 def test_a_sum_with_execution(home, monkeypatch):
     """execution - 0.25 * exact_match: max(N, NAME) has 1, the reference's text 0.75, NAME 0.5."""
@@ -674,6 +686,17 @@ def test_mutations_of_another_seed_and_of_another_style(home):
     assert found["a"] != found["b"] == found["c"]
 
 
+@pytest.mark.parametrize("mass, doubted", [(0.09, True), (0.11, False)])
+def test_the_words_of_ratings_by_hand(home, monkeypatch, capsys, mass, doubted):
+    """Ratings 1 and 4 in turn: mean 2.5, deviation 1.5. Below a tenth of its probability on digits the rater was saying something else."""
+    monkeypatch.setattr(feedback, "rate", lambda model, tokenizer, prompts, *rest: [
+        {"rating": 1 + 3 * (i % 2), "mass": mass} for i in range(len(prompts))])
+    assert launch(f"{RATED} --data answered.jsonl --split all", "a.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert f"40 ratings, mean 2.50, standard deviation 1.50; the five digits had {mass:.1%} of the rater's probability" in shown
+    assert ("do not trust these ratings" in shown) == doubted
+
+
 def test_the_options_of_ratings_reach_the_rater(home, monkeypatch):
     """A rating prompt, a batch size or a precision that is accepted, written down as such, and does nothing."""
     asked, real = [], feedback.rate
@@ -688,6 +711,22 @@ def test_a_rater_reads_at_the_precision_asked_for(models):
     rater, tokenizer = GPT2.from_pretrained(models / "rater"), Tokenizer.from_pretrained(models / "rater")
     whole, half = (rate(rater, tokenizer, ["add 1"], ["xs"], precision=precision)[0]["rating"] for precision in ("fp32", "bf16"))
     assert whole != half and whole == pytest.approx(half, abs=0.2)
+
+
+def test_a_tokenizer_of_another_model_is_refused(home, capsys):
+    """An id beyond the embedding is an IndexError on a CPU, and on a GPU whatever lies there."""
+    GPT2.from_config(GPT2Config(vocab_size=100, n_positions=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained("misfit")
+    Tokenizer.from_pretrained("./policy").save_pretrained("misfit")
+    for words in ("--kind ratings --rater ./misfit --data answered.jsonl", "--kind pairs --rank syntax --policy ./misfit --data prompts.jsonl"):
+        assert launch(words, "a.jsonl") == 2
+        assert "tokens but the embedding 100 rows" in capsys.readouterr().err
+
+
+def test_a_rater_that_cannot_answer_is_refused_before_anything_is_sampled(home, monkeypatch, capsys):
+    """Sampling may take hours. Its digits share a token here."""
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [9] * len(text))
+    monkeypatch.setattr(feedback, "sample", lambda *args: pytest.fail("sampled"))
+    assert launch(f"{RATED} {SAMPLED} --data prompts.jsonl", "a.jsonl") == 2 and "one token of each of 1 to 5" in capsys.readouterr().err
 
 
 def test_where_no_sandbox_can_be_had(home, monkeypatch, capsys):
