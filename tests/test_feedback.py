@@ -481,11 +481,11 @@ RANKED = "--kind pairs --policy p --device cpu --data "
 def test_ratings_of_samples(home, capsys):
     """JSONL and JSON hold the same rows, a second run repeats them to the last bit; held-out rows are not touched."""
     words = f"{RATED} --data plain.jsonl --samples 3 {SAMPLED}"
-    assert [launch(words, out) for out in ("a.jsonl", "new/a.json", "again.jsonl")] == [0, 0, 0]
+    assert [launch(words, out) for out in ("a.jsonl", "new/er/a.json", "again.jsonl")] == [0, 0, 0]
     shown = capsys.readouterr().out
     assert "the five digits had" in shown and "do not trust these ratings" in shown, "a random rater says no digits"
     rows, train = rows_of("a.jsonl"), load_splits("plain.jsonl").train
-    assert json.loads(Path("new/a.json").read_text()) == rows
+    assert json.loads(Path("new/er/a.json").read_text()) == rows
     assert Path("a.jsonl").read_bytes() == Path("again.jsonl").read_bytes()
     for row in rows:
         assert " ".join(row) == "id prompt response rating argmax probabilities mass comment source"
@@ -790,6 +790,13 @@ def test_errors_are_one_line_and_write_nothing(home, capsys, words, out, says):
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1, error
     assert {path: path.read_bytes() for path in home.iterdir() if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_any_work(home, monkeypatch, capsys):
+    """The nearest folder that is there, of one that is to be made. (Root may write everywhere: the answer of the system is made up.)"""
+    monkeypatch.setattr(feedback.os, "access", lambda folder, mode: Path(folder) != home)
+    assert launch("--kind mutations --data plain.jsonl", "new/er/a.jsonl") == 2
+    assert f"{home} cannot be written to; name another folder" in (shown := capsys.readouterr()).err and "data:" not in shown.out
 
 
 def test_overwrite_replaces_the_file(home):

@@ -566,6 +566,7 @@ def test_the_kl_of_an_answer_by_hand(policy, tokenizer, records, monkeypatch):
     """The reference's log-probs less the policy's, padding counted, or another row's: log pi - log ref of the tokens sampled, summed."""
     other, batches, real = shaken(copy.deepcopy(policy), 0.1), [], evaluation.generate
     monkeypatch.setattr(evaluation, "generate", lambda *args: batches.append((args, real(*args))) or batches[-1][1])
+    records = [Record("xs"), *records]  # a short query: it is padded
     rows = answer(policy, tokenizer, records, settings(train_ppo, *TEXT, "--micro-batch-size", "2"), 0.7, other, batch_size=3)
     expected = []
     for (_, ids, mask, *_), (responses, response_mask, _) in batches:
@@ -611,6 +612,7 @@ def test_a_report_is_of_sampled_and_of_greedy_answers(policy, tokenizer, records
     config = settings(train_ppo, *TEXT, "--temperature", "0.7", "--seed", "5")
     models = {"SFT": policy, "PPO": shaken(copy.deepcopy(policy), 0.1)}
     splits = Splits([], [], records[:6], {"hard": records[6:]})
+    (tmp_path / "answers.jsonl").write_text("of a report that was interrupted")
     found = report(tmp_path, models, tokenizer, splits, config, lambda p, responses, r: [len(text) for text in responses], policy)
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     wanted = [(split, mode, name, row["response"]) for split, some in (("test", records[:6]), ("hard", records[6:]))
