@@ -104,6 +104,9 @@ def test_running_spread_equals_numpy_in_any_cut():
     spread = Spread()
     spread.see(torch.tensor([2.0, 2.0]))
     assert spread.scale(torch.tensor([2.0, 5.0])).tolist() == [0, 3], "what did not vary is only centred"
+    spread = Spread()
+    spread.see(torch.tensor([0.25, 0.75]))
+    assert spread.scale(torch.tensor([0.5, 1.25])).tolist() == [0, 3], "what varied little, by 0.25, is scaled"
 
 
 def test_state_goes_through_json_and_back():
