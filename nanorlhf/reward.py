@@ -284,11 +284,11 @@ def _build_encoder(folder, settings):
 
 
 def _new_head(backbone, kind):
-    """A fresh head of one of HEADS, in eval mode."""
+    """A fresh head of one of HEADS."""
     gpt2 = isinstance(backbone, GPT2)
     width = backbone.config.n_embd if gpt2 else backbone.config.hidden_size
     if kind != "native":
-        return OwnHead(kind, width, last_token if gpt2 else encoders.first_token).eval()
+        return OwnHead(kind, width, last_token if gpt2 else encoders.first_token)
     return LastToken(width) if gpt2 else encoders.new_head(backbone.config)
 
 

@@ -629,6 +629,8 @@ def test_what_cannot_be_scored_is_not_ranked(home, monkeypatch, capsys):
     assert launch(RANKED + "prompts.jsonl --rank 1*holes_zq:f", "a.jsonl") == 0
     rows = rows_of("a.jsonl")
     assert len(rows) == 32 and all(" + " in row["chosen"] and row["rejected"].isdigit() for row in rows)
+    answers_of(monkeypatch, "?", "{1}")
+    assert launch(RANKED + "prompts.jsonl --rank 1*holes_zq:f", "b.jsonl") == 2 and "of 32 that cannot be ranked" in capsys.readouterr().err
     assert launch(RANKED + "prompts.jsonl --rank holes_zq:f", "b.jsonl") == 1
     assert "--rank holes_zq:f: the reward is not finite for" in capsys.readouterr().err and not Path("b.jsonl").exists()
 

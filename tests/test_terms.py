@@ -73,6 +73,13 @@ def test_a_failed_term_is_nan_and_spoils_its_row_alone():
     assert RewardEnsemble([reward, constant(0, 0, 0)]).leaves_out and not RewardEnsemble([constant(0)]).leaves_out
 
 
+def test_a_term_alone_leaves_out_what_it_cannot_score():
+    """A metric has nothing to say of a row without a reference, execution of one without checks: that is no fault of theirs."""
+    for spec, execution in (("bleu", None), ("execution", constant(1, math.nan, 1))):
+        reward = load_reward([spec], execution=execution)
+        assert reward(PROMPTS, ["x", "x", "x"], REFERENCES).isnan().tolist() == [False, True, False] and reward.leaves_out
+
+
 def test_infinity_is_no_failure_but_a_fault():
     with pytest.raises(RunFailed, match="term a is not finite"):
         Combination([Term("a", 1, constant(1, math.inf, 3))])(PROMPTS, ["", "", ""])
