@@ -157,6 +157,7 @@ def test_a_folder_with_a_strange_name_is_one_term(tmp_path, monkeypatch):
     ("syntx", "did you mean syntax?"), ("2*bleau", "did you mean bleu?"), ("execution", "needs rows with checks"),
     ("0.5*execution + syntax", "needs rows with checks"), ("+", "a sign alone"),
     ("0.7runs/reward", "'0.7runs/reward' is no term; write weight*term"), ("0.5*(syntax + length)", "without brackets"), ("BLEU", "did you mean bleu?"),
+    ("qqq", "no term of that name; Terms are execution, syntax"),
 ])
 def test_what_is_no_sum_is_one_line(spec, words):
     with pytest.raises(InputError) as error:
@@ -171,7 +172,9 @@ def test_functions_that_cannot_be_a_reward(tmp_path, monkeypatch):
                                         "def boom(prompts, responses, references): return {}['oops']\n"
                                         "def many(*columns): return [1.0] * len(columns[0])\n")
     for name, words in (("two", "two(prompts, responses) cannot be called with (prompts, responses, references)"),
-                        ("named", "cannot be called with"), ("number", "number is of type int; name a function")):
+                        ("named", "cannot be called with"), ("number", "number is of type int; name a function"),
+                        ("booom", "odd_zq has no function 'booom'; did you mean boom?"),
+                        ("xyz", "odd_zq has no function 'xyz'; name one that it defines")):
         with pytest.raises(InputError) as error:
             load_reward([f"odd_zq:{name}"])
         assert words in str(error.value)
