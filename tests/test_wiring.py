@@ -525,9 +525,10 @@ def test_the_first_ratio_is_1_at_any_temperature(low_memory, rolled):
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_the_kl_of_a_model_to_itself_is_0_at_its_temperature(low_memory, policy, tokenizer, records):
-    """The reference scored at another temperature than the one sampled at; another model's KL is not 0."""
+    """The reference scored at another temperature than the one sampled at, and greedy answers at 1; another model's KL is not 0."""
     config, ops = settings(train_ppo, *TEXT), choose("torch", "cpu", low_memory)
-    assert all(abs(row["kl"]) < 1e-4 for row in answer(policy, tokenizer, records, config, 0.7, policy, ops=ops))
+    for temperature in (0.7, 0):
+        assert all(abs(row["kl"]) < 1e-4 for row in answer(policy, tokenizer, records, config, temperature, policy, ops=ops))
     other = shaken(copy.deepcopy(policy), 0.1)
     assert max(abs(row["kl"]) for row in answer(policy, tokenizer, records, config, 0.7, other, ops=ops)) > 0.1
 
