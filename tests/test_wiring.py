@@ -553,6 +553,7 @@ def test_the_summary_of_three_answers_by_hand():
     assert numbers["ended"] == pytest.approx(1 / 3) and known(numbers)["eval/eos"] == pytest.approx(1 / 3)
     assert (numbers["length"], numbers["kl"], numbers["reward"]) == (6, pytest.approx(0.1), 0.5)
     assert numbers["exact_match"] == 0.5 and numbers["left_out"] == 1 and numbers["execution"] is None
+    assert None not in known(numbers).values() and "eval/execution" not in known(numbers), "the log holds numbers"
 
 
 @pytest.mark.parametrize("words", [["--top-k", "1"], ["--top-p", "1e-6"]], ids=["top_k", "top_p"])
@@ -591,17 +592,17 @@ def test_rewards_of_answers_by_hand():
 
 
 def test_the_gain_is_the_last_model_less_the_first():
-    """The table would say that training made worse what it made better. Exact matches 0 1 - against 1 1 1: over the two rows that both
-    have, 1 - 0.5; the model between is in no gain."""
-    matches = {"SFT": (0.0, 1.0, None), "half": (0.0, 0.0, 0.0), "PPO": (1.0, 1.0, 1.0)}
+    """The table would say that training made worse what it made better. Exact matches 0 1 - 1 against 1 1 1 -: over the two rows that
+    both have, 1 - 0.5; the model between is in no gain."""
+    matches = {"SFT": (0.0, 1.0, None, 1.0), "half": (0.0, 0.0, 0.0, 0.0), "PPO": (1.0, 1.0, 1.0, None)}
     answers = {(mode, name): [{"prompt": f"p{n}", "reference": "x", "response": f"{mode} {name}", "exact_match": match}
                               for n, match in enumerate(matches[name])] for mode in ("sampled", "greedy") for name in matches}
     results = split_results(answers, ["SFT", "half", "PPO"])
     gain = results["gain"]["greedy"]["exact_match"]
     assert gain["difference"] == 0.5 and 0 <= gain["low"] <= 0.5 <= gain["high"] <= 1 and results["gain"]["sampled"]["execution"] is None
-    shown = table("test", 3, results).splitlines()
-    assert "| test, 3 prompts | SFT | half | PPO | PPO - SFT [95 %] |" in shown and "|---|---:|---:|---:|---:|" in shown
-    assert "| exact match (AST-equal), greedy | 0.500 | 0.000 | 1.000 | +0.500 [+0.000, +1.000] |" in shown
+    shown = table("test", 4, results).splitlines()
+    assert "| test, 4 prompts | SFT | half | PPO | PPO - SFT [95 %] |" in shown and "|---|---:|---:|---:|---:|" in shown
+    assert "| exact match (AST-equal), greedy | 0.667 | 0.000 | 1.000 | +0.500 [+0.000, +1.000] |" in shown
     assert not any("passes its checks" in line for line in shown), "what no row has is no line"
     assert sample_answers(answers, ["SFT", "PPO"], 2) == [
         {"prompt": f"p{n}", "reference": "x", "SFT": "greedy SFT", "PPO": "greedy PPO"} for n in range(2)]
@@ -652,6 +653,16 @@ def test_the_sandbox_is_the_one_asked_for(monkeypatch, capsys):
     words = ["--sandbox", "weak", "--sandbox-timeout", "0.25", "--sandbox-workers", "3"]
     assert isinstance(open_sandbox(settings(train_ppo, *words), CHECKED), Box)
     assert Box.asked == {"timeout": 0.25, "workers": 3, "mode": "weak"} and capsys.readouterr().out == "sandbox: seccomp\n"
+
+
+def test_references_that_cannot_be_checked_do_not_fail_their_checks(monkeypatch, capsys):
+    """Every code gives 1: of a row without checks, one without a reference, one whose reference passes and one whose fails, the last."""
+    monkeypatch.setattr(evaluation, "Sandbox", Box)
+    rows = [Record("p", "1"), Record("p", None, checks=CHECKED.train[0].checks), *CHECKED.train]
+    open_sandbox(settings(train_ppo), Splits(rows, [], []))
+    assert "fail their own checks" not in capsys.readouterr().out
+    open_sandbox(settings(train_ppo), Splits(rows, [Record("p", "1", id="q7", checks=[{"setup": "", "value": "2"}])], []))
+    assert "references that fail their own checks: 1 of the 2 tried, such as q7\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("splits, words, needed, outcome", [
