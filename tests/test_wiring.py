@@ -627,7 +627,9 @@ def test_a_report_is_of_sampled_and_of_greedy_answers(policy, tokenizer, records
     shown = [text for split, mode, name, text in wanted if (split, mode, name) == ("test", "greedy", "PPO")][:5]
     assert [sample["PPO"] for sample in found["samples"]] == shown
     assert [sample["prompt"] for sample in found["samples"]] == [record.prompt for record in records[:5]]
-    assert "| reward, sampled |" in capsys.readouterr().out, "a rule is not a learned reward"
+    said = capsys.readouterr().out
+    assert "| test, 6 prompts | SFT | PPO |" in said and "| hard, 2 prompts |" in said
+    assert "| reward, sampled |" in said, "a rule is not a learned reward"
 
 
 class Box:
