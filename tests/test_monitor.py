@@ -91,6 +91,7 @@ def test_each_band_fires_on_its_trouble_once_and_alone(name):
     assert fired(alarms) == [(name, at)]
     assert alarms[0].message.startswith(f"step {at}: ") and BANDS[name].advice in alarms[0].message
     assert f"{bad:.3g}" in alarms[0].message and "\n" not in alarms[0].message
+    assert ("times that of step 1: " in alarms[0].message) == BANDS[name].relative
 
 
 def test_a_response_that_shrinks_is_length_drift_too():
@@ -251,6 +252,7 @@ def test_where_gold_was_best():
     monitor = Monitor(200)
     monitor.replay(evaluations([0.3, 0.4, 0.1]))
     assert monitor.gold_words(20) == "exact match was best at step 10: 0.400, against 0.100 at step 20"
+    assert monitor.gold_words(15) == "exact match was best at step 10: 0.400", "no evaluation of that step holds it"
 
 
 # ---- Gold
@@ -289,6 +291,7 @@ def test_a_fall_counts_from_the_best_evaluation():
     (alarm,) = Monitor(200).replay(evaluations([0.2, 0.35, 0.5, 0.5, 0.5, 0.3, 0.3]))
     assert fired([alarm]) == [("gold", 50)]
     assert "since step 30" in alarm.message and alarm.message.endswith("or stop at step 30")
+    assert "fell by 0.1 to 0.4, 2.0 standard errors" in alarm.message, "of the best and the last"
 
 
 def test_one_lucky_evaluation_is_not_what_gold_fell_from():
