@@ -14,8 +14,7 @@ def check_shapes(**tensors):
 
 def keep(x, mask):
     """x * mask, with exact zeros where the mask is 0: 0 * NaN would be NaN, so the product alone does not mask."""
-    x = x if x.is_floating_point() else x.float()
-    return torch.where(mask != 0, x * mask, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(mask != 0, x * mask, 0.0)  # 0.0 and not 0: whole numbers become floats
 
 
 def masked_mean(x, mask, dim=None):
@@ -28,8 +27,7 @@ def masked_mean(x, mask, dim=None):
     Returns: the mean; 0 where the mask is empty.
     """
     check_shapes(x=x, mask=mask)
-    dims = tuple(range(x.dim())) if dim is None else dim
-    total, count = keep(x, mask).sum(dims), mask.sum(dims)
+    total, count = keep(x, mask).sum(dim), mask.sum(dim)
     return total / torch.where(count == 0, 1, count)
 
 

@@ -608,6 +608,7 @@ def test_dpo_of_an_impossible_rejected_response(loss_type, expected):
     lambda: shape_rewards(torch.ones(3), torch.ones(2, 3), torch.ones(2, 3), 0.1),
     lambda: shape_rewards(torch.ones(2, 1), torch.ones(2, 3), torch.ones(2, 3), 0.1),
     lambda: shape_rewards(torch.ones(2), torch.ones(2, 1), torch.ones(2, 3), 0.1),
+    lambda: gae(torch.ones(2, 1), torch.ones(2, 3), torch.ones(2, 3)),
     lambda: gae(torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 3)),
     lambda: gae(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 1)),
     lambda: gae(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3), last_values=torch.ones(3)),

@@ -2,6 +2,7 @@
 import copy
 import math
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from nanorlhf.gpt2 import GPT2, GPT2Config, PolicyWithValue
+from nanorlhf.ops import TORCH
 from nanorlhf.rollout import Rollout, decode, generate, hidden_states, roll_out, score_in_parts, score_tokens
 from nanorlhf.tokenizer import Tokenizer, pad
 
@@ -237,15 +239,16 @@ def test_pad_equal_to_eos_is_harmless():
 
 def test_generation_in_parts():
     """Four rows, one at a time: one generator draws for the first, then for the second ...; a shorter response is filled up with EOS,
-    no mask and log-prob 0. The cache is never of more rows than a part. Greedy, it is what one batch gives."""
+    no mask and log-prob 0. The cache is never of more rows than a part, nor of more columns than 6 + 12. Greedy, it is what one batch
+    gives."""
     model, sizes, draws = tiny(), [], seeded(5)
     ids, mask = pad([[3], [4, 5], [7] * 6, [8, 2]], EOS, "left")
     alone = [generate(model, ids[i:i + 1], mask[i:i + 1], 12, eos_id=EOS, generator=draws) for i in range(4)]
     assert len({responses.shape[1] for responses, _, _ in alone}) > 1, "one should be shorter"
     new_cache = model.new_cache
-    model.new_cache = lambda batch, length: (sizes.append(batch), new_cache(batch, length))[1]
+    model.new_cache = lambda *size: sizes.append(size) or new_cache(*size)
     together = generate(model, ids, mask, 12, eos_id=EOS, generator=seeded(5), batch_size=1)
-    assert sizes == [1] * 4
+    assert sizes == [(1, 18)] * 4
     for found, parts, after in zip(together, zip(*alone), (EOS, False, 0.0)):
         for row, (part,) in zip(found, parts):
             assert torch.equal(row[:len(part)], part) and (row[len(part):] == after).all()
@@ -344,6 +347,12 @@ def test_top_k_and_top_p_by_hand(options, kept):
     kept = torch.tensor(kept)
     assert (frequencies[kept == 0] == 0).all()
     assert (frequencies - kept).abs().max() < 0.029
+
+
+def test_top_p_stops_where_it_is_reached():
+    """Four tokens of 1/4: two of them are 0.5 already, so that a third does not belong to the smallest set of at least 0.5."""
+    frequencies, _, _ = one_token([0.25] * 4, 200, top_p=0.5)
+    assert (frequencies > 0).sum() == 2
 
 
 def test_top_k_logprobs_are_of_the_whole_distribution():
@@ -495,6 +504,26 @@ def test_scoring_in_parts_is_scoring_whole(rolled):
         for a, b, real in zip(whole, parts, (batch.response_mask, batch.response_mask, valued)):
             assert not b.requires_grad and torch.allclose(a[real], b[real], atol=1e-6)
     assert score_in_parts(reference, batch.query_response, batch.attention_mask, 12, 0.8, 4)[2] is None
+
+
+def test_scoring_in_parts_is_of_few_rows_of_like_length():
+    """Rows of 7, 3, 6, 2, 5 and 4 tokens, at most 4 at a time: first those of 2 to 5 tokens, then those of 6 and 7."""
+    (ids, mask), model, seen = ragged((7, 3, 6, 2, 5, 4)), tiny(), []
+    hidden = model.hidden
+    model.hidden = lambda ids, *rest: seen.append(tuple(ids.shape)) or hidden(ids, *rest)
+    score_in_parts(model, ids, mask, 1, 1.0, 4)
+    assert seen == [(4, 5), (2, 7)]
+
+
+def test_a_rollout_is_made_in_the_parts_and_by_the_ops_asked_for():
+    """3 queries: sampled 2 at a time, scored 1 at a time under the actor and then under the reference, by the given functions. Without
+    that --generation-batch-size, --micro-batch-size and --low-memory would spare no memory."""
+    (actor, reference), sampled, scored = actor_and_reference(), [], []
+    new_cache = actor.policy.new_cache
+    actor.policy.new_cache = lambda rows, length: sampled.append(rows) or new_cache(rows, length)
+    ops = replace(TORCH, token_logprobs=lambda logits, *rest: scored.append(len(logits)) or TORCH.token_logprobs(logits, *rest))
+    roll_out(actor, reference, TOKENIZER, QUERIES, 4, generator=seeded(), micro_batch_size=1, ops=ops, generation_batch_size=2)
+    assert sampled == [2, 1] and scored == [1] * 6
 
 
 @pytest.mark.parametrize("rows", [slice(None), slice(3, 4)], ids=["ragged rows", "one row"])

@@ -75,6 +75,12 @@ def test_gae_of_one_token_and_of_none():
     assert returns.tolist() == [[2.0, 0.0], [0.0, 0.0]]
 
 
+def test_gae_of_whole_numbers():
+    """Rewards 0, 1 (passed) and values 0 as integers: 0.95 and 1, and not the 0 that 0.95 would be cut to."""
+    rewards = torch.tensor([[0, 1]])
+    close(gae(rewards, torch.zeros_like(rewards), torch.ones(1, 2))[0], [[0.95, 1.0]])
+
+
 @pytest.mark.parametrize("padding", [0, 1, 3])
 def test_the_score_used_to_land_on_pad(padding):
     """A well-known PPO trainer put the score one slot after EOS wherever a slot followed: with V = 0, lam = 0.95 and
@@ -117,3 +123,10 @@ def test_adaptive_controller_counts_samples():
         controller.update(torch.tensor(kl), 512)
         assert controller.value == pytest.approx(expected, rel=1e-7)
         assert isinstance(controller.value, float)
+
+
+def test_adaptive_controller_with_a_small_target_and_horizon():
+    """Target 0.5 nats, horizon 1, one sample, KL 0.55: e = 0.05 / 0.5 = 0.1, value 0.2 * (1 + 0.1 * 1 / 1) = 0.22."""
+    controller = AdaptiveKLController(0.2, 0.5, 1)
+    controller.update(0.55, 1)
+    assert controller.value == pytest.approx(0.22)
