@@ -149,6 +149,8 @@ def test_saved_folder_loads_in_transformers(tmp_path, changes):
     assert (ours(ids) - theirs.eval()(ids).logits).abs().max() <= 1e-5
     again = GPT2.from_pretrained(tmp_path)
     assert torch.equal(again(ids), ours(ids)) and again.config == ours.config
+    ends = hf.read_json(tmp_path / "generation_config.json")
+    assert ends == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     with hf.safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert ("lm_head.weight" in file.keys()) == (not ours.config.tie_word_embeddings)
@@ -345,6 +347,17 @@ def test_cache_is_written_in_place():
     assert (cache.keys.data_ptr(), cache.values.data_ptr()) == where and cache.keys.shape == (2, 2, 4, 8, 8)
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.bfloat16, 0.1)])
+@torch.no_grad()
+def test_the_cache_is_of_the_models_precision(dtype, bound):
+    """Attention wants queries, keys and values of one dtype: a float32 cache in a float64 or bfloat16 model is an error."""
+    model, ids = tiny().to(dtype), tokens(2, 8)
+    cache = model.new_cache(2, 8)
+    pieces = [model(piece, cache=cache) for piece in ids.split((5, 3), dim=1)]
+    assert cache.keys.dtype == cache.values.dtype == dtype
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=0, atol=bound)
+
+
 def test_dropout_only_in_training():
     model, ids = tiny(), tokens(2, 8)
     assert not model.training and torch.equal(model(ids), model(ids))
@@ -356,6 +369,18 @@ def test_dropout_only_in_training():
     for one in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):  # each of the three is really applied
         rest = {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop") if name != one}
         assert not torch.equal(tiny(**rest, **{one: 0.5}).train()(ids), expected), one
+
+
+def test_dropout_is_where_transformers_has_it(tmp_path):
+    """Three rates, and from equal generators the same numbers are dropped: of the embeddings, of the attention, and twice in a layer of what
+    is written to the residual stream."""
+    theirs = peer(embd_pdrop=0.2, attn_pdrop=0.1, resid_pdrop=0.3)
+    theirs.save_pretrained(tmp_path)
+    ours, ids, logits = GPT2.from_pretrained(tmp_path).train(), tokens(3, 8), []
+    for model in (ours, theirs.train()):
+        torch.manual_seed(5)
+        logits.append(model(ids))
+    torch.testing.assert_close(logits[0], logits[1].logits, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- value head
@@ -379,6 +404,16 @@ def test_values_by_hand():
     head.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
     head.bias.data.fill_(0.5)
     assert head(torch.tensor([[[3.0, 1.0]]])).tolist() == [[1.5]]
+
+
+def test_the_value_head_is_where_the_policy_is_and_in_its_mode():
+    """On its device, here the one without memory; a policy in training is not taken out of it."""
+    with torch.device("meta"):
+        policy = GPT2(GPT2Config(**BASE))
+    assert policy.training
+    model = PolicyWithValue(policy)
+    assert model.value_head.weight.device == policy.device == torch.device("meta") and model.training and policy.training
+    assert not PolicyWithValue(policy.eval()).training
 
 
 def test_values_are_float32_under_autocast_and_in_bfloat16():
@@ -433,6 +468,8 @@ def test_policy_with_value_round_trip(tmp_path):
     assert torch.equal(GPT2.from_pretrained(tmp_path)(ids), model.policy(ids))  # the policy alone loads too
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(theirs(ids).logits, model.policy(ids), rtol=0, atol=1e-5)
+    double = PolicyWithValue.from_pretrained(tmp_path, dtype=torch.float64)
+    assert double.policy.wte.weight.dtype == torch.float64 and torch.equal(double.value_head.weight, model.value_head.weight)
     (tmp_path / "value_head.safetensors").unlink()
     assert PolicyWithValue.from_pretrained(tmp_path)(ids)[1].eq(0).all()
 
@@ -498,6 +535,22 @@ def test_bad_input_is_one_line():
         with pytest.raises(InputError, match="25 tokens is longer than the 24"):
             model(ids[:, :5], cache=half)
     assert half.length == 20  # a refused call leaves the cache as it was
+
+
+def test_query_and_response_may_fill_the_positions():
+    """24 tokens have 24 positions, 25 do not."""
+    tiny().check_length(24)
+    with pytest.raises(InputError, match="come to 25 tokens, more than the 24 positions"):
+        tiny().check_length(25)
+
+
+def test_token_ids_are_looked_at_where_that_is_free():
+    """On a CPU alone: elsewhere a look at the ids would wait for the device. The meta device, which has no numbers to look at, stands for
+    a GPU. No ids at all are no fault."""
+    with torch.device("meta"):
+        model, ids = GPT2(GPT2Config(**BASE)), torch.zeros(2, 8, dtype=torch.long)
+        assert model.hidden(ids, torch.ones_like(ids)).shape == (2, 8, 32)
+    assert tiny()(tokens(2, 0)).shape == (2, 0, 64)
 
 
 def test_wrong_folder_is_one_line(tmp_path):

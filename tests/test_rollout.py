@@ -279,6 +279,11 @@ def test_more_tokens_than_positions_are_refused_at_once():
     assert generate(model, ids, mask, 3, 0)[0].shape == (2, 3)
 
 
+def test_no_new_token_is_refused():
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
+        generate(tiny(), *ragged(), 0)
+
+
 # ---------------------------------------------------------------------------------------- dropout, gradient, train flag
 
 @pytest.mark.parametrize("training", [True, False])
