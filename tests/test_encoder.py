@@ -193,6 +193,33 @@ def test_dropout_only_in_training_mode():
     assert gap(attention_only(ids), attention_only(ids)) > 0
 
 
+def test_initialisation():
+    """Weights N(0, 0.05), as the config says, biases 0, norms 1."""
+    torch.manual_seed(0)
+    encoder = Encoder.from_config(EncoderConfig("bert", **settings("bert", SHAPES["wide"]), initializer_range=0.05))
+    for name, p in encoder.named_parameters():
+        if name.endswith("bias"):
+            assert p.eq(0).all(), name
+        elif "LayerNorm" in name:
+            assert p.eq(1).all(), name
+        else:
+            assert abs(p.std().item() / 0.05 - 1) < 5 / (2 * p.numel()) ** 0.5, name  # 5 standard errors of a std
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_where_transformers_has_it(family):
+    """Three rates, and from equal generators the same numbers are dropped, in every layer and in the head."""
+    model = peer(family, "ForSequenceClassification", SHAPES["odd"], num_labels=2, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.1,
+                 classifier_dropout=0.2)
+    encoder, rest = ours(model)
+    head = read_head(encoder.config, rest, "peer").train()
+    ids, mask, types = padded(family, 97, [12, 5, 9], "right")
+    torch.manual_seed(5)
+    mine = classifier_scores(encoder.train(), head, ids, mask, types)
+    torch.manual_seed(5)
+    assert gap(mine, model.train()(ids, attention_mask=mask, token_type_ids=types).logits) <= 1e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_transformers(family):
     """Every tensor's gradient, through the head, on a padded batch; padding rows of the embeddings get none."""
@@ -259,6 +286,9 @@ def test_new_head(family):
     last = head.classifier["out_proj"] if family == "roberta" else head.classifier
     assert last.weight.std().item() == pytest.approx(577 ** -0.5, rel=0.05) and not last.bias.any()
     assert not head.training and head.dropout.p == 0.5
+    for dropout, expected in ((0.0, 0.0), (None, 0.3)):  # None means that of the layers, 0 means 0
+        config = EncoderConfig(family, **settings(family), hidden_dropout_prob=0.3, classifier_dropout=dropout)
+        assert new_head(config).dropout.p == expected
 
 
 def test_a_folder_without_a_head_is_no_classifier():
@@ -266,6 +296,13 @@ def test_a_folder_without_a_head_is_no_classifier():
     assert set(rest) == {"pooler.dense.weight", "pooler.dense.bias"}
     with pytest.raises(InputError, match=r"has no classification head \(no tensor classifier"):
         read_head(encoder.config, rest, "somewhere")
+
+
+def test_a_pooler_beside_robertas_classifier_is_left_aside():
+    """Some files carry one, which RoBERTa's classifier does not use."""
+    encoder, rest = ours(peer("roberta", "ForSequenceClassification"))
+    head = read_head(encoder.config, {**rest, "pooler.dense.weight": torch.zeros(16, 16)}, "somewhere")
+    assert head.state_dict().keys() == rest.keys()
 
 
 def test_half_a_head_is_refused():
@@ -290,6 +327,7 @@ def test_saved_encoder_loads_in_transformers(tmp_path, family):
         again = Encoder.from_pretrained(tmp_path)
         assert torch.equal(again(ids, mask, types), encoder(ids, mask, types))
     assert again.config == encoder.config and not again.training
+    assert {p.dtype for p in Encoder.from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification"])
@@ -332,6 +370,14 @@ def test_the_tensor_is_believed_before_the_config():
     model = peer("roberta")
     config = EncoderConfig.from_dict({**model.config.to_dict(), "vocab_size": 44})
     assert Encoder.from_state(config, model.state_dict(), "peer")[0].config.vocab_size == 50
+
+
+def test_layers_are_counted_before_any_is_built():
+    """A config.json that promises ten million layers would keep the machine busy for ever."""
+    model = peer("bert")
+    config = EncoderConfig.from_dict({**model.config.to_dict(), "num_hidden_layers": 10_000_000})
+    with pytest.raises(InputError, match="peer: its config.json is of 10000000 layers, its weights hold 1"):
+        Encoder.from_state(config, model.state_dict(), "peer")
 
 
 # ---- real weights

@@ -74,6 +74,9 @@ def test_forbidden_tokens_by_hand():
     assert entropy.tolist() == pytest.approx([0.693147] * 2)
     (found[0] + 3 * entropy[0]).backward()
     assert torch.allclose(logits.grad[0], torch.tensor([0.5, -0.5, 0.0]), atol=1e-6) and (logits.grad[1] == 0).all()
+    _, entropy = ops.token_logprobs(logits, torch.tensor([0, 2]))
+    gradient, = torch.autograd.grad(entropy[1], logits)  # of a row whose own token is forbidden
+    assert torch.allclose(gradient, torch.zeros(2, 3), atol=1e-6)
 
 
 def test_a_certain_token_keeps_its_gradient():
@@ -137,11 +140,16 @@ def test_linear_equals_the_whole_product_and_never_holds_it():
         found = ops.linear_token_logprobs(hidden, weight, targets, 0.8)
         parts = torch.autograd.grad(found[0].sum() + found[1].square().sum(), (hidden, weight))
     assert memory.whole == 0
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        ops.linear_token_logprobs(hidden, weight, targets, 0.8)
+    assert sum(kept) < 2100 * 1000 / 4, "the parts of the logits wait for the backward: together they are the whole"
     for a, b in zip((*found, *parts), (*expected, *gradients)):
         assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("options", [{}, {"dual_clip": 1.5}, {"entropy_coef": 0.1}, {"kl_coef": 0.3, "kl_estimator": "k3"}])
+@pytest.mark.parametrize("options", [{}, {"dual_clip": 1.5}, {"cliprange": 0.5}, {"entropy_coef": 0.1},
+                                     {"kl_coef": 0.3, "kl_estimator": "k2"}])
 def test_ppo_loss_is_its_parts_and_micro_batches_add_up(options):
     """fused = policy loss + kl_coef KL - entropy_coef H by the definitions; with the step's tokens as denominator the losses of
     ragged halves add up to the whole."""
@@ -150,27 +158,47 @@ def test_ppo_loss_is_its_parts_and_micro_batches_add_up(options):
     old, ref, advantages = (torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) - 3 for n in range(3))
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
     new, entropy = logprobs.token_logprobs(logits, targets, 0.7)
-    expected, stats = ppo_policy_loss(new, old, advantages, mask, 0.2, options.get("dual_clip"))
-    expected = expected - options.get("entropy_coef", 0) * masked_mean(entropy, mask)
-    expected = expected + options.get("kl_coef", 0) * masked_mean(kl_estimate(new, ref, "k3"), mask)
+    policy_loss, stats = ppo_policy_loss(new, old, advantages, mask, options.get("cliprange", 0.2), options.get("dual_clip"))
+    mean_entropy, kl = masked_mean(entropy, mask), masked_mean(kl_estimate(new, ref, options.get("kl_estimator", "k3")), mask)
+    expected = policy_loss - options.get("entropy_coef", 0) * mean_entropy + options.get("kl_coef", 0) * kl
     wanted, = torch.autograd.grad(expected, logits)
     loss, found = ops.fused_ppo_loss(logits, targets, old, advantages, mask, 0.7, ref_logprobs=ref, **options)
     gradient, = torch.autograd.grad(loss, logits)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and torch.allclose(gradient, wanted, atol=1e-12)
-    assert found["entropy"] == pytest.approx(masked_mean(entropy, mask).item()) and found["clipfrac"] == stats["clipfrac"]
+    assert found == pytest.approx({"policy_loss": policy_loss.item(), **stats, "entropy": mean_entropy.item(), "kl": kl.item()}, rel=1e-6)
     halves = [ops.fused_ppo_loss(logits[rows], targets[rows], old[rows], advantages[rows], mask[rows], 0.7, ref_logprobs=ref[rows],
                                  denominator=mask.sum(), **options)[0] for rows in (slice(0, 2), slice(2, 4))]
     assert sum(halves).item() == pytest.approx(loss.item(), rel=1e-12)
 
 
-def test_low_memory_scores_are_the_same():
+def test_low_memory_scores_and_losses_are_the_same():
+    """Log-probs, entropy, PPO's loss, its numbers and its gradient at T = 0.9, with options that are not the defaults; the whole logits are
+    asked for by one of the two alone."""
     torch.manual_seed(0)
-    model = GPT2.from_config(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
-    hidden, targets = torch.randn(3, 5, 8), torch.randint(0, 50, (3, 5))
-    whole = ops.choose("torch").score(model, hidden, targets, 0.9)
-    parts = ops.choose("torch", low_memory=True).score(model, hidden, targets, 0.9)
-    for a, b in zip(whole, parts):
-        assert torch.allclose(a, b, atol=1e-6)
+    model = GPT2.from_config(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2, initializer_range=0.5))
+    hidden, targets, mask = torch.randn(3, 5, 8, requires_grad=True), torch.randint(0, 50, (3, 5)), torch.rand(3, 5) < 0.7
+    old, advantages = torch.randn(3, 5) - 4, torch.randn(3, 5)
+    options = dict(cliprange=0.4, entropy_coef=0.1, ref_logprobs=old + 0.1, kl_coef=0.2, kl_estimator="k2", denominator=20)
+    expected = ops.ppo_loss(*logprobs.token_logprobs(model.logits(hidden), targets, 0.9), old, advantages, mask, **options)
+    logits, asked, results = model.logits, [], []
+    model.logits = lambda hidden: asked.append(hidden.shape) or logits(hidden)
+    for low_memory in (False, True):
+        maker = ops.choose("torch", low_memory=low_memory)
+        results.append([*maker.score(model, hidden, targets, 0.9)])
+        loss, found = maker.ppo_loss(model, hidden, targets, old, advantages, mask, 0.9, **options)
+        assert found == pytest.approx(expected[1], rel=1e-5) and loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+        results[-1] += torch.autograd.grad(loss, hidden)
+        assert maker.low_memory is low_memory and len(asked) == 2
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_second_derivative_is_an_error():
+    """The backward takes what the forward found for constants: a derivative of it would be wrong, and there is none."""
+    logits = torch.randn(2, 5, requires_grad=True)
+    gradient, = torch.autograd.grad(ops.token_logprobs(logits, torch.tensor([0, 1]))[0].sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
 
 
 def test_the_choice_is_said_and_never_silent(capsys, monkeypatch):
@@ -206,7 +234,7 @@ def test_a_kl_coefficient_without_a_reference_is_an_error():
 
 def test_nothing_in_nothing_out():
     """No rows, no tokens: empty results of the right shapes, as from the kernels."""
-    for result in ops.linear_token_logprobs(torch.zeros(0, 4), torch.zeros(9, 4), torch.zeros(0, dtype=torch.long)):
-        assert result.shape == (0,)
+    results = ops.linear_token_logprobs(torch.zeros(0, 4), torch.zeros(9, 4), torch.zeros(0, dtype=torch.long))
+    assert [result.shape for result in results] == [(0,), (0,)]
     for result in gae(torch.zeros(2, 0), torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool), last_values=torch.zeros(2)):
         assert result.shape == (2, 0)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nanorlhf.gpt2 import GPT2, GPT2Config
-from nanorlhf.sequences import encode_queries, encode_responses, join, predict, shuffled_batches
+from nanorlhf.sequences import encode_queries, encode_responses, epoch_batches, join, predict, shuffled_batches
 from nanorlhf.tokenizer import Tokenizer
 
 TEXTS = ["sort the list xs", "xs.sort()", "add a to b", "a + b", "the list of names", "len(names)"] * 4
@@ -152,3 +152,22 @@ def test_batches_are_of_like_length_and_in_no_order_of_it():
     longest = torch.tensor([max(lengths[row] for row in batch) for batch in batches], dtype=torch.float32)
     place = torch.arange(len(longest), dtype=torch.float32)
     assert torch.corrcoef(torch.stack([place, longest]))[0, 1].abs() < 0.3
+
+
+def test_batches_are_of_other_rows_each_time():
+    """512 different lengths: sorted as a whole, every epoch would put the same 16 rows together; sorted in windows, hardly any."""
+    found = [{frozenset(batch) for batch in shuffled_batches(range(512), 16, generator(seed))} for seed in (3, 4)]
+    assert len(found[0] & found[1]) < 4
+
+
+def test_an_interrupted_run_goes_on_with_the_batch_that_was_next():
+    """25 rows in batches of 3: 9 steps an epoch. Each epoch has every row, in an order of its own; what is left after any number of steps
+    is the same as it was."""
+    lengths = [7 * row % 25 for row in range(25)]
+    whole = list(epoch_batches(lengths, 3, 2, seed=0))
+    assert [(step, epoch, end) for step, epoch, _, end in whole] == [(n, 1 + (n > 9), n in (9, 18)) for n in range(1, 19)]
+    orders = [[rows for _, at, rows, _ in whole if at == epoch] for epoch in (1, 2)]
+    assert all(sorted(sum(order, [])) == list(range(25)) for order in orders) and orders[0] != orders[1]
+    for done in range(19):
+        assert list(epoch_batches(lengths, 3, 2, seed=0, done=done)) == whole[done:]
+    assert list(epoch_batches(lengths, 3, 2, seed=1)) != whole
