@@ -224,6 +224,19 @@ def test_truncation_keeps_the_responses_start_and_the_prompts_end(tmp_path):
         tokenizer.encode_pair("c", "f", 4)
 
 
+def test_what_was_cut_is_counted(tmp_path):
+    """A pair of 3 and 3 letters fits 10 ids, of which 4 are the frame, and not 9; a text of 4 letters, framed by 2, fits 6 and not 5."""
+    tokenizer = Tokenizer.from_pretrained(roberta_folder(tmp_path))
+    tokenizer.encode_pair("cde", "fgh"), tokenizer.encode_pair("cde", "fgh", 10), tokenizer.encode_pair("cdef", max_length=6)
+    tokenizer.batch(["cdef", "c"], "left", 6), tokenizer.batch_pairs(["cde"], ["fgh"], max_length=10)
+    assert tokenizer.cut == 0
+    for call, cut in ((lambda: tokenizer.encode_pair("cde", "fgh", 9), 1), (lambda: tokenizer.encode_pair("cdef", max_length=5), 2),
+                      (lambda: tokenizer.batch(["cdef", "c", "defg"], "left", 5), 4),
+                      (lambda: tokenizer.batch_pairs(["cde", "c"], ["fgh", "f"], max_length=9), 5)):
+        call()
+        assert tokenizer.cut == cut
+
+
 @needs_minilm
 def test_minilm_agrees_with_transformers(minilm):
     from transformers import AutoTokenizer
