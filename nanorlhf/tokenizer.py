@@ -217,7 +217,6 @@ class Tokenizer:
         """Writes tokenizer.json, vocab.json + merges.txt or vocab.txt, and the two small files AutoTokenizer reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.encode_special_tokens = False
         self.backend.save(str(folder / "tokenizer.json"))
         self.backend.model.save(str(folder))
         defaults = {"tokenizer_class": FAMILIES[self.family][0]}

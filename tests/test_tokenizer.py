@@ -365,6 +365,29 @@ def test_added_tokens_get_the_ids_of_their_embedding_rows(tmp_path):
         Tokenizer.from_pretrained(folder)
 
 
+def test_added_tokens_are_special_where_their_folder_says_so(tmp_path):
+    """A special one never comes out of user text and is left out of the decoded; any other is a word like all words."""
+    (roberta_folder(tmp_path) / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        "15": {"content": "<one>", "special": True}, "16": {"content": "<two>", "special": False}}}))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.special_ids & {15, 16} == {15}
+    assert 15 not in tokenizer.encode("<one>") and tokenizer.encode("a<two>") == [4, 16]
+    assert tokenizer.decode([4, 15, 16]) == "a<two>"
+
+
+def test_settings_of_a_folder_are_obeyed_and_saved(tmp_path):
+    """With add_prefix_space "ab" is a space (12) and ab (13), read again from tokenizer.json or, without it, from the two old files."""
+    settings = {"add_prefix_space": True, "model_max_length": 77}
+    (roberta_folder(tmp_path) / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("ab") == [12, 13]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert settings.items() <= json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text()).items()
+    assert Tokenizer.from_pretrained(tmp_path / "saved").encode("ab") == [12, 13]
+    (tmp_path / "saved" / "tokenizer.json").unlink()
+    assert Tokenizer.from_pretrained(tmp_path / "saved").encode("ab") == [12, 13]
+
+
 # ---- bad input
 
 def test_vocabulary_larger_than_the_embedding(small):
