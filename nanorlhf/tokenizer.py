@@ -301,7 +301,7 @@ def _from_vocab_and_merges(folder, add_prefix_space):
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
-        pair = tuple(line.rstrip("\r").split(" "))
+        pair = tuple(line.split(" "))
         if len(pair) != 2 or any(token not in vocab for token in (*pair, "".join(pair))):
             raise InputError(f"{folder / 'merges.txt'}:{number}: {line[:60]!r} does not merge two tokens of vocab.json "
                              "into a third; the two files must belong together")
@@ -313,7 +313,7 @@ def _from_vocab_and_merges(folder, add_prefix_space):
 
 def _from_vocab_txt(path, settings):
     tokens = _read_text(path).split("\n")   # not splitlines: U+2028 and others can be tokens
-    vocab = {token.rstrip("\r"): i for i, token in enumerate(tokens) if token}
+    vocab = {token: i for i, token in enumerate(tokens) if token}
     if "[UNK]" not in vocab:
         raise InputError(f"{path}: no [UNK] among its {len(vocab)} lines; a BERT vocabulary has one token a line")
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))

@@ -328,6 +328,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert hf.read_config(tmp_path) == CONFIG
 
 
+def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    """Weights, then config.json: each is flushed and then renamed, so that a crash leaves the old file or the new one."""
+    events, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: events.append(Path(new).name) or rename(old, new))
+    model_folder(tmp_path)
+    assert events == ["fsync", "model.safetensors", "fsync", "config.json"]
+
+
 def test_write_leaves_other_files_and_takes_any_tensor(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     odd = {"transposed": torch.arange(6.0).view(2, 3).t(), "parameter": torch.nn.Parameter(torch.ones(2)),

@@ -388,6 +388,23 @@ def test_settings_of_a_folder_are_obeyed_and_saved(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path / "saved").encode("ab") == [12, 13]
 
 
+@pytest.mark.parametrize("settings, accent, chinese", [
+    ({}, [5], [1, 5]), ({"strip_accents": False}, [1], [1, 5]), ({"tokenize_chinese_chars": False}, [5], [1])], ids=str)
+def test_berts_options_are_obeyed(tmp_path, settings, accent, chinese):
+    """Of a = 5 and what is unknown, 1: an accent is stripped and a Chinese character stands alone, unless the folder says otherwise."""
+    (bert_folder(tmp_path) / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("\u00e1") == accent and tokenizer.encode("\u65e5a") == chinese
+
+
+@pytest.mark.parametrize("make", [roberta_folder, bert_folder])
+def test_line_ends_of_windows_change_nothing(tmp_path, make):
+    expected = Tokenizer.from_pretrained(make(tmp_path)).encode_pair("ab", "c")
+    for path in tmp_path.glob("*.txt"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert Tokenizer.from_pretrained(tmp_path).encode_pair("ab", "c") == expected
+
+
 # ---- bad input
 
 def test_vocabulary_larger_than_the_embedding(small):
