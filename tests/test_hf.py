@@ -55,6 +55,8 @@ def test_local_folder_and_run_folder(tmp_path):
     assert hf.resolve(tmp_path / "run") == final
     (final / "tokenizer.json").write_text("{}")
     assert hf.resolve(tmp_path / "run", what="tokenizer") == final
+    model_folder(model / "final")
+    assert hf.resolve(model) == model  # what is a model itself stands for itself
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
