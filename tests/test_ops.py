@@ -193,6 +193,15 @@ def test_low_memory_scores_and_losses_are_the_same():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_logits_are_made_in_the_weights_precision(low_memory):
+    """bfloat16 states, as autocast may leave them, meet float32 weights: the product is that of the same states in float32."""
+    model = GPT2.from_config(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    hidden, targets, maker = torch.randn(3, 5, 8).bfloat16(), torch.randint(0, 50, (3, 5)), ops.choose("torch", low_memory=low_memory)
+    for found, expected in zip(maker.score(model, hidden, targets, 1.0), maker.score(model, hidden.float(), targets, 1.0)):
+        assert torch.equal(found, expected)
+
+
 def test_a_second_derivative_is_an_error():
     """The backward takes what the forward found for constants: a derivative of it would be wrong, and there is none."""
     logits = torch.randn(2, 5, requires_grad=True)
