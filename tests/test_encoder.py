@@ -209,8 +209,8 @@ def test_initialisation():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_is_where_transformers_has_it(family):
     """Three rates, and from equal generators the same numbers are dropped, in every layer and in the head."""
-    model = peer(family, "ForSequenceClassification", SHAPES["odd"], num_labels=2, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.1,
-                 classifier_dropout=0.2)
+    rates = dict(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.1, classifier_dropout=0.2)
+    model = peer(family, "ForSequenceClassification", SHAPES["odd"], num_labels=2, **rates)
     encoder, rest = ours(model)
     head = read_head(encoder.config, rest, "peer").train()
     ids, mask, types = padded(family, 97, [12, 5, 9], "right")

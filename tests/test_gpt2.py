@@ -372,8 +372,8 @@ def test_dropout_only_in_training():
 
 
 def test_dropout_is_where_transformers_has_it(tmp_path):
-    """Three rates, and from equal generators the same numbers are dropped: of the embeddings, of the attention, and twice in a layer of what
-    is written to the residual stream."""
+    """Three rates, and from equal generators the same numbers are dropped: of the embeddings, of the attention, and twice in a layer of
+    what is written to the residual stream."""
     theirs = peer(embd_pdrop=0.2, attn_pdrop=0.1, resid_pdrop=0.3)
     theirs.save_pretrained(tmp_path)
     ours, ids, logits = GPT2.from_pretrained(tmp_path).train(), tokens(3, 8), []
