@@ -281,8 +281,7 @@ def test_dpo(arguments, expected):
 
 def test_dpo_rewards():
     """beta (log pi - log ref): 0.1 * 1 and 0.1 * -1, per pair and without gradient."""
-    policy_chosen = leaf(-1.0)
-    _, chosen, rejected = dpo_loss(policy_chosen, *LOGPS[1:], beta=0.1)
+    _, chosen, rejected = dpo_loss(leaf(-1.0), leaf(-4.0), *LOGPS[2:], beta=0.1)
     close(chosen, [0.1])
     close(rejected, [-0.1])
     assert not chosen.requires_grad and not rejected.requires_grad
