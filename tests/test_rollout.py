@@ -470,6 +470,14 @@ def test_eos_in_the_last_slot_has_ended():
     assert batch.ended.tolist() == expected and expected[0]
 
 
+def test_a_greedy_rollout_is_scored_at_temperature_1():
+    """As `generate` reports it: 0 divides no logits."""
+    actor, reference = actor_and_reference()
+    batch = roll_out(actor, reference, TOKENIZER, QUERIES, 6, 0.0)
+    _, mask, logprobs = generate(actor.policy, *pad(QUERIES, EOS, "left"), 6, 0, eos_id=EOS)
+    assert torch.equal(batch.response_mask, mask) and torch.allclose(batch.logprobs[mask], logprobs[mask], atol=1e-5)
+
+
 def test_special_tokens_before_the_end_stay_in_the_text():
     """Responses [4, PAD, 5, EOS] and [PAD, 4]: only the closing EOS goes. A dropped <|pad|> would let a policy write what neither
     reward nor exact match sees."""
