@@ -137,7 +137,7 @@ def hidden_states(model, query_response, attention_mask, response_length):
     pads, lengths = attention_mask.int().argmax(1, keepdim=True), attention_mask.sum(1, keepdim=True)  # (B, 1) each
     columns = torch.arange(int(lengths.max()), device=lengths.device)  # (T',)
     tokens = query_response.gather(1, (columns + pads).clamp(max=width - 1))  # (B, T')
-    hidden = policy.hidden(tokens)  # (B, T', C); no mask: the padding left is behind a row's end, where causal attention never looks
+    hidden = policy.hidden(tokens, columns < lengths)  # (B, T', C)
     before = torch.arange(width - response_length - 1, width, device=lengths.device) - pads  # (B, R + 1) columns that predict
     hidden = hidden.gather(1, before.clamp(max=len(columns) - 1)[..., None].expand(-1, -1, hidden.shape[2]))  # (B, R + 1, C)
     return hidden[:, :-1], model.value_head(hidden) if hasattr(model, "value_head") else None
