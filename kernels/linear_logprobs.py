@@ -380,5 +380,6 @@ def linear_token_logprobs(hidden, weight, targets, temperature=1.0):
         nothing = (hidden.sum(-1) + weight.sum()).float() * 0
         return nothing, nothing.clone()
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # (N, C)
-    logprobs, entropy = LinearTokenLogprobs.apply(flat, weight.contiguous(), targets.reshape(-1), temperature)
+    targets_flat = targets.reshape(-1).contiguous()  # reshape alone keeps the stride of a slice of one dimension
+    logprobs, entropy = LinearTokenLogprobs.apply(flat, weight.contiguous(), targets_flat, temperature)
     return logprobs.view(targets.shape), entropy.view(targets.shape)

@@ -232,6 +232,17 @@ def test_strides_and_batch_dimensions():
 
 
 @runs_kernels
+@pytest.mark.parametrize("stride", [lambda x: torch.stack([x, x + 1], 1)[:, 0], lambda x: x[:1].expand(6)], ids=["slice", "expanded"])
+def test_targets_of_any_stride(stride):
+    """Every second target of a list, or one for all rows: the kernel used to read the numbers that lie between or behind."""
+    hidden, weight, targets = problem(6, 300, 32)
+    strided = stride(targets)
+    assert not strided.is_contiguous()
+    for ours, copy in zip(*(evaluate(linear_token_logprobs, hidden, weight, x) for x in (strided, strided.clone()))):
+        assert torch.equal(ours, copy)
+
+
+@runs_kernels
 def test_no_rows():
     hidden, weight, targets = problem(0, 300, 32)
     hidden, targets = hidden.view(2, 0, 32), targets.view(2, 0)
