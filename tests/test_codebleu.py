@@ -184,6 +184,8 @@ def test_syntax_match_is_recall_of_the_reference():
                     "(unary_operator integer))"),
     (r"f(r'\n', '')", "(call identifier (argument_list (string string_start string_content string_end) "
                       "(string string_start string_end)))"),
+    (r"f('\0\123', '\d')", "(call identifier (argument_list (string string_start (string_content escape_sequence) string_end) "
+                           "(string string_start string_content string_end)))"),
     ("'docstring'", None),
     ("lambda x, *y: 0", "(lambda (lambda_parameters identifier (list_splat_pattern identifier)) integer)"),
 ])
@@ -288,6 +290,16 @@ def test_no_data_flow_is_1_and_a_true_zero_is_0():
                      (1, "comesFrom", ()): 1}),
     # 0 is c, 1 is a, 2 is b: both from the call as a whole, c(), for it is no sequence.
     ("a, b = c()", {(1, "computedFrom", (0,)): 1, (2, "computedFrom", (0,)): 1, (0, "comesFrom", ()): 1}),
+    # 0 is c, 1 is d, 2 is e, 3 is a, 4 is b: two against three is no pairing, so both come from all.
+    ("a, *b = c, d, e", {(3, "computedFrom", (0, 1, 2)): 1, (4, "computedFrom", (0, 1, 2)): 1, (0, "comesFrom", ()): 1,
+                         (1, "comesFrom", ()): 1, (2, "comesFrom", ()): 1}),
+    # 0 is y, 1 is x: the annotation has no part in it. Without a value nothing flows.
+    ("x: int = y", {(1, "computedFrom", (0,)): 1, (0, "comesFrom", ()): 1}),
+    ("x: int", {}),
+    # 0 is f, 1 is x, 2 is "1". The x of the else comes from the first line's, not from the branch that did not run.
+    ("f(x)\nif a:\n  x = 1\nelse:\n  f(x)", {
+        (0, "comesFrom", ()): 1, (1, "comesFrom", ()): 1, (1, "computedFrom", (2,)): 1, (2, "comesFrom", ()): 1,
+        (0, "comesFrom", (0,)): 1, (1, "comesFrom", (1,)): 1}),
     # 0 is the default "1", 1 is x.
     ("lambda x=1: x", {(1, "comesFrom", (0,)): 1, (0, "comesFrom", ()): 1, (1, "comesFrom", (1,)): 1}),
 ])
@@ -418,7 +430,8 @@ def test_counts_add_up_to_the_corpus(pairs):
 
 @pytest.mark.parametrize("arguments, message", [
     ((["a"], []), "1 predictions but 0 references"), ((["a"], [3]), r"references\[0\] is a int"),
-    ((["a"], ["a"], (1, 2)), "four numbers"), ((["a"], ["a"], "1234"), "four numbers")])
+    ((["a"], ["a"], (1, 2)), "four numbers"), ((["a"], ["a"], "1234"), "four numbers"),
+    ((["a"], ["a"], (1, 0, 0, "0")), "four numbers")])
 def test_bad_input(arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         codebleu(*arguments)

@@ -21,8 +21,8 @@ from nanorlhf.metrics.match import UNPARSABLE, parse
 MAX_DEPTH = 120  # levels of a drawn tree; no score depends on how deep in calls the caller stands
 MAX_RUN, MAX_TRIES = 24, 100  # tokens of a piece of broken code, and parses spent on finding all its pieces
 
-# What tree-sitter calls an escape; "\d" is none, and raw strings have none.
-_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|[0-7]{1,3}|\n|N\{[^}]+\}|['\"abfnrtv\\])")
+# What tree-sitter calls an escape; "\d" is none, nor is "\0" (it wants three digits), and raw strings have none.
+_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|\d{3}|\n|N\{[^}]+\}|['\"abfnrtv\\])")
 _QUOTES = re.compile(rb"([A-Za-z]*)('''|\"\"\"|'|\")")
 # Tokens of broken code: strings closed on their line, names, numbers, any other character; comments are left out.
 _TOKEN = re.compile(r"""
