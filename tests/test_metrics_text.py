@@ -15,14 +15,15 @@ import warnings
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nanorlhf import metrics
 from nanorlhf.errors import InputError
-from nanorlhf.metrics import (bootstrap_interval, chrf, codebleu, conala_bleu, corpus_bleu, corpus_bootstrap, evaluate,
-                              exact_match, paired_bootstrap, paired_corpus_bootstrap, parses, pass_at_k, rouge, ruby,
+from nanorlhf.metrics import (bootstrap, bootstrap_interval, chrf, codebleu, conala_bleu, corpus_bleu, corpus_bootstrap,
+                              evaluate, exact_match, paired_bootstrap, paired_corpus_bootstrap, parses, pass_at_k, rouge, ruby,
                               ruby_quality, sacrebleu, sentence_bleu, token_f1)
 from nanorlhf.metrics.bleu import (SMOOTHING, bleu_counts, bleu_score, chrf_counts, chrf_score, conala_counts,
                                    conala_score, conala_tokens, sacrebleu_counts, sacrebleu_score, tokens_13a)
@@ -754,6 +755,17 @@ def test_bootstrap_is_reproducible_and_of_constants_a_point():
     assert bootstrap_interval([0.25] * 8) == (0.25, 0.25)
 
 
+def test_a_bootstrap_of_many_rows_draws_in_blocks(monkeypatch):
+    """Weights of at most _BLOCK numbers at once: 2 draws of 30 rows in 60, and the 201st alone. The numbers are the same."""
+    values, sizes = np.random.default_rng(3).integers(0, 9, 30), []  # whole numbers: sums are exact
+    whole = bootstrap_interval(values, resamples=201)
+    real = np.random.default_rng
+    monkeypatch.setattr(bootstrap, "_BLOCK", 60)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: SimpleNamespace(
+        multinomial=lambda *args, size, rng=real(seed): sizes.append(size) or rng.multinomial(*args, size=size)))
+    assert bootstrap_interval(values, resamples=201) == whole and sizes == [2] * 100 + [1]
+
+
 def test_paired_bootstrap_by_hand():
     """a = b: difference 0, p 1. a = b + 1 in every row: no draw at or below 0, so p = 2 * (0 + 1) / (2000 + 1)."""
     b = np.random.default_rng(0).integers(0, 9, 100)
@@ -827,6 +839,7 @@ def test_corpus_bootstrap_of_500_rows_is_fast():
     (lambda: bootstrap_interval([1], resamples=0), "resamples=0"),
     (lambda: bootstrap_interval(["a"]), "pass numbers"), (lambda: paired_bootstrap([1, 2], [1]), "2 rows against 1"),
     (lambda: corpus_bootstrap([1, 2], sum), "needs 2 dimension"),
+    (lambda: paired_corpus_bootstrap([[1], [2]], [[1]], sum), "2 rows against 1"),
 ])
 def test_bootstrap_bad_input(call, message):
     with pytest.raises(InputError, match=message):
