@@ -15,29 +15,46 @@ def found(name, *args, **kwargs):
 
 
 def test_repeated_answers_by_hand():
-    """x, x, y: 2 different ones, the commonest 2 of 3; three different ones are no finding to flag."""
+    """x, x, y: 2 different ones, the commonest 2 of 3; three different ones are no finding to flag, nor is one answer alone, nor one
+    given twice in 21 (9.5 %); twice in 20 is 10 %, which is."""
     finding, = found("repeated", ["x", "x ", "y"], ["a"] * 3, ["p"] * 3)
     assert (finding["distinct"], finding["commonest"], finding["flag"]) == (2, 2, True)
     assert finding["share"] == pytest.approx(2 / 3)
-    assert not found("repeated", ["x", "y", "z"], ["a"] * 3, ["p"] * 3)[0]["flag"]
+    for predictions, flag in (["x", "y", "z"], False), (["x"], False), (["x", "x", *"abcdefghijklmnopqrs"], False), (
+            ["x", "x", *"abcdefghijklmnopqr"], True):
+        assert found("repeated", predictions, ["a"] * 21, ["p"] * 21)[0]["flag"] is flag
 
 
 def test_empty_and_unparsable_by_hand():
-    """"", "x", "x +", "(": one of four empty (which parses), two do not parse."""
-    predictions = ["", "x", "x +", "("]
-    assert found("empty", predictions, ["a"] * 4, ["p"] * 4)[0]["share"] == 0.25
-    finding, = found("unparsable", predictions, ["a"] * 4, ["p"] * 4)
-    assert finding["share"] == 0.5 and finding["flag"] and "50.0%" in finding["says"]
+    """"", "x", "x +", "(", "y": one of five empty (which parses), two do not parse. One of 100 empty is flagged, one of 101 not; one
+    of 5 that does not parse is, one of 6 not."""
+    predictions = ["", "x", "x +", "(", "y"]
+    assert found("empty", predictions, ["a"] * 5, ["p"] * 5)[0]["share"] == 0.2
+    finding, = found("unparsable", predictions, ["a"] * 5, ["p"] * 5)
+    assert finding["share"] == 0.4 and finding["flag"] and "40.0%" in finding["says"]
+    for name, bad, most in ("empty", " ", 99), ("unparsable", "(", 4):
+        for others, flag in (most, True), (most + 1, False):
+            assert found(name, [bad] + ["x"] * others, ["a"] * 102, ["p"] * 102)[0]["flag"] is flag
 
 
 def test_copies_by_hand():
-    """Answers: part of the prompt and wrong; part of the prompt and right; a training answer, wrong, with other spaces; a training
-    answer that is right."""
-    prompts = ["make it foo(bar) please", "call foo(bar)", "p", "p"]
-    predictions, references = ["foo(bar)", "foo(bar)", "sum( xs )", "len(xs)"], ["bar(foo)", "foo(bar)", "max(xs)", "len(xs)"]
-    findings = assess(predictions, references, prompts, ["sum(xs)", "len(xs)"])
-    shares = {finding["name"]: finding["share"] for finding in findings if "share" in finding}
-    assert shares["copied from the prompt"] == 0.25 and shares["copied from train"] == 0.25
+    """Of 8 answers one is part of its prompt and wrong, all three tokens of it; two others are right, by one of several references and
+    as a tree, and one is too short. Two are training answers and wrong, with other spaces and as text that does not parse, one is
+    right; an empty answer is nobody's, even if a training row has none. The second prompt's counts too under other references."""
+    rows = [("foo.bar", "bar.foo", "make it foo.bar please"), ("foo(bar)", ["x", "foo( bar )"], "call foo(bar)"),
+            ("a.b", "(a.b)", "give a.b"), ("-x", "x", "give -x"), ("sum( xs )", "max(xs)", "p"), ("f( ", "f()", "p"),
+            ("len(xs)", "len(xs)", "p"), ("", "x", "p")]
+    train = ["sum(xs)", "len(xs)", "f(", ""]
+
+    def copies(rows):
+        findings = assess(*map(list, zip(*rows)), train)
+        return {finding["name"].split()[-1]: (finding["share"], finding["flag"]) for finding in findings if "copied" in finding["name"]}
+
+    assert copies(rows) == {"prompt": (1 / 8, True), "train": (2 / 8, True)}
+    rows[1] = "foo(bar)", ["x", "y"], rows[1][2]
+    assert copies(rows) == {"prompt": (2 / 8, True), "train": (2 / 8, True)}
+    assert copies(rows + [("x", "y", "p")] * 32) == {"prompt": (2 / 40, True), "train": (2 / 40, True)}  # 5 % is still flagged
+    assert copies(rows + [("x", "y", "p")] * 33) == {"prompt": (2 / 41, False), "train": (2 / 41, False)}
 
 
 def test_too_good_to_be_true_only_on_conala():
@@ -46,13 +63,17 @@ def test_too_good_to_be_true_only_on_conala():
     assert [(finding["metric"], finding["value"], finding["limit"]) for finding in findings] == \
         [("codebleu", 0.61, 0.6), ("rougeL", 0.7, 0.7)] and all(finding["flag"] for finding in findings)
     assert not found("implausible", ["x"], ["x"], ["p"], values=values)
+    assert not found("implausible", ["x"], ["x"], ["p"], real_conala=True)
 
 
 def test_overlap_and_what_was_not_computed():
-    assert found("overlap", ["x"], ["x"], ["p"], overlap=["train and test share 3 intents"])[0]["flag"]
-    assert not found("overlap", ["x"], ["x"], ["p"])[0]["flag"]
+    finding, = found("overlap", ["x"], ["x"], ["p"], overlap=["train and test share 3 intents", "and 2 pairs"])
+    assert finding["flag"] and finding["says"] == "train and test share 3 intents; and 2 pairs" and finding["pairs"] == 2
+    finding, = found("overlap", ["x"], ["x"], ["p"])
+    assert not finding["flag"] and finding["says"].startswith("no intent")
     finding, = found("not computed", ["x"], ["x"], ["p"], reasons={"a": "no encoder", "b": "no encoder", "c": "nothing ran"})
     assert finding["says"] == "not computed: a, b: no encoder; c: nothing ran" and finding["metrics"] == ["a", "b", "c"]
+    assert not finding["flag"]
     assert assess([], [], [])[0]["name"] == "overlap"
 
 

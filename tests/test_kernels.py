@@ -439,6 +439,17 @@ def test_ppo_masked_tokens_count_for_nothing(poison, dtype):
 
 
 @runs_kernels
+def test_ppo_coefficient_0_adds_nothing_whatever_the_reference():
+    """A reference that forbids a token: its KL is infinite, 0 times it must not make the loss NaN."""
+    logits, arguments = ppo_problem(1, 2, 20)
+    right = ppo_gradient(fused_ppo_loss, logits, arguments | dict(ref_logprobs=None))
+    arguments["ref_logprobs"] = torch.full((1, 2), -INF, device=DEVICE)
+    for estimator in ("k1", "k2", "k3", "abs"):
+        loss, gradient, stats = ppo_gradient(fused_ppo_loss, logits, arguments | dict(kl_estimator=estimator))
+        assert loss == right[0] and torch.equal(gradient, right[1]) and not math.isfinite(stats["kl"])
+
+
+@runs_kernels
 def test_ppo_fully_masked():
     logits, arguments = ppo_problem(2, 3, 40)
     loss, gradient, stats = ppo_gradient(fused_ppo_loss, logits, arguments | dict(mask=torch.zeros(2, 3, device=DEVICE)))
@@ -460,8 +471,10 @@ def test_ppo_micro_batches_with_a_shared_denominator(dtype):
     logits, arguments = ppo_problem(3, 3, 300, dtype)
     arguments |= dict(kl_coef=0.3, entropy_coef=0.05)
     scale = 1024.0 if dtype == torch.float16 else 1.0
-    loss, gradient, _ = ppo_gradient(fused_ppo_loss, logits, arguments, scale)
+    loss, gradient, stats = ppo_gradient(fused_ppo_loss, logits, arguments, scale)
     tokens = arguments["mask"].sum()
+    for name, mean in ppo_gradient(fused_ppo_loss, logits, arguments | dict(denominator=2 * tokens), scale)[2].items():
+        assert mean == pytest.approx(stats[name], rel=1e-6)  # statistics are means over the mask whatever the loss is divided by
     for denominator in (tokens, tokens.item()):
         parts = [ppo_gradient(fused_ppo_loss, logits[rows], {name: x[rows] if torch.is_tensor(x) else x for name, x
                               in arguments.items()} | dict(denominator=denominator), scale)
@@ -501,6 +514,30 @@ def test_ppo_two_backwards_through_one_graph(dtype):
     tolerance = torch.finfo(dtype).eps
     torch.testing.assert_close(two.double(), 2 * kept.double(), rtol=tolerance, atol=1e-7)
     torch.testing.assert_close(three.double(), 3 * kept.double(), rtol=tolerance, atol=1e-7)
+
+
+@runs_kernels
+def test_results_may_be_changed_in_place():
+    """As masking does: the backward's own numbers are elsewhere."""
+    logits, targets = problem(3, 40, level=0)
+    for function in (lambda x: token_logprobs(x, targets)[0], lambda x: token_logprobs(x, targets)[1], lambda x: exact_kl(x, logits * 0.5)):
+        gradients = []
+        for double in (lambda y: y * 2, lambda y: y.mul_(2)):
+            x = logits.clone().requires_grad_()
+            double(function(x)).sum().backward()
+            gradients.append(x.grad)
+        assert torch.equal(*gradients)
+
+
+@runs_kernels
+def test_no_second_derivative_is_given():
+    """The gradient is a kernel's: differentiating it raises, where what is left of its graph would give a part of the truth."""
+    logits, arguments = ppo_problem(1, 3, 40)
+    logits.requires_grad_()
+    loss = fused_ppo_loss(logits, **arguments)[0] ** 2
+    gradient, = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @runs_kernels
@@ -709,6 +746,19 @@ def test_gae_by_hand():
 
 
 @runs_kernels
+def test_gae_arguments_of_any_stride():
+    """Transposed rewards, every second value, a mask that is a slice, one last value for all: what copies give."""
+    rewards, values, mask = normal(7, 3).T, normal(3, 14)[:, ::2], (normal(3, 8, seed=1) > -1).float()[:, 1:]
+    last_values = normal(1, seed=2).expand(3)
+    arguments = rewards, values, mask, 0.9, 0.9, last_values
+    for i in (0, 1, 2, 5):
+        assert not arguments[i].is_contiguous()
+    copies = [x.clone(memory_format=torch.contiguous_format) if torch.is_tensor(x) else x for x in arguments]
+    for ours, copy in zip(gae(*arguments), gae(*copies)):
+        assert torch.equal(ours, copy)
+
+
+@runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_gae_precisions(dtype):
     rewards, values = normal(3, 50).to(dtype), normal(3, 50, seed=1).to(dtype)
@@ -799,6 +849,18 @@ def test_dpo_statistics_and_padding():
     right = {"accuracy": (chosen > rejected).float().mean(), "margin": (chosen - rejected).mean(), "chosen_reward": chosen.mean(),
              "rejected_reward": rejected.mean(), "chosen_logps": logps[0].mean(), "rejected_logps": logps[1].mean()}
     assert stats == pytest.approx({name: x.item() for name, x in right.items()}, rel=1e-5, abs=1e-5)
+
+
+@runs_kernels
+def test_dpo_arguments_of_any_stride():
+    """Slices and expanded tensors as targets, masks and reference give what copies give."""
+    logits, arguments = dpo_problem()
+    strided = {name: torch.stack([x, x], -1)[..., 0] for name, x in arguments.items()}
+    strided["ref_rejected_logps"] = torch.ones(1, device=DEVICE).expand(3)
+    assert not any(x.is_contiguous() for x in strided.values())
+    copies = {name: x.clone(memory_format=torch.contiguous_format) for name, x in strided.items()}
+    (loss, stats), (right, right_stats) = (fused_dpo_loss(*logits, **each) for each in (strided, copies))
+    assert loss == right and stats == right_stats
 
 
 @runs_kernels

@@ -50,7 +50,7 @@ def _repeated(predictions):
     counts = Counter(prediction.strip() for prediction in predictions)
     text, times = counts.most_common(1)[0]
     share = times / len(predictions)
-    return [finding("repeated", len(predictions) > 1 and times > 1 and share >= REPEATED,
+    return [finding("repeated", times > 1 and share >= REPEATED,
                     f"{len(counts)} different answers to {len(predictions)} prompts; the commonest, {text[:40]!r}, is given {times} times",
                     distinct=len(counts), commonest=times, share=share)]
 
@@ -65,7 +65,7 @@ def _broken(predictions):
 
 def _copied(predictions, references, prompts, train_snippets):
     """Shares of wrong answers that are part of their prompt, and that are a training answer as it stands."""
-    train = {key for key in map(_key, train_snippets) if key}
+    train = set(map(_key, train_snippets))
     from_prompt = from_train = 0
     for prediction, reference, prompt in zip(predictions, references, prompts):
         right = {_key(text) for text in ([reference] if isinstance(reference, str) else reference)}
