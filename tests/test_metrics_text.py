@@ -378,6 +378,19 @@ def test_chrf_takes_the_better_reference():
     assert chrf(["ab"], [["zz", "ab"]]) == 100.0
 
 
+def test_chrf_breaks_ties_as_sacrebleu_does():
+    """bbab against bya: P = 2/4 / 3, R = 2/3 / 3; against aa: P = 1/4 / 2, R = 1/2 / 2. F2 is 5/24 for both; in floats, by
+    sacreBLEU's order of operations, the second is the larger by a bit, and its counts go into the corpus. It used to be the first."""
+    assert chrf_counts("bbab", ["bya", "aa"]) == [4, 2, 1, 3, 1, 0] + [0] * 12
+    library = pytest.importorskip("sacrebleu", reason="sacreBLEU is the oracle (requirements-dev.txt)")
+    rng = random.Random(SEED)
+    rows = [("".join(rng.choices("abc", k=rng.randrange(1, 9))), ["".join(rng.choices("abcx", k=rng.randrange(1, 9))) for _ in "12"])
+            for _ in range(2000)]
+    counts = [sum(column) for column in zip(*(chrf_counts(*row) for row in rows))]
+    theirs = library.CHRF()._extract_corpus_statistics([row[0] for row in rows], streams([row[1] for row in rows]))
+    assert counts == [sum(column) for column in zip(*theirs)], f"METRICS_SEED={SEED}"
+
+
 def streams(references):
     """References per sentence -> sacreBLEU's reference streams, None where a sentence has fewer."""
     return [list(stream) for stream in zip_longest(*references)]
@@ -405,6 +418,7 @@ def test_sacrebleu_and_chrf_equal_sacrebleu(pairs):
     (["a"], [b"a"], r"references\[0\] is a bytes"), (["a"], [["a", 1]], r"references\[0\]\[1\] is a int"),
     (["a"], [[]], "at least one reference"), ("a", "a", "predictions is a str"),
     (["a"], None, "references is a NoneType"),
+    (iter(["a"]), ["a"], "predictions is a list_iterator"),
 ])
 def test_corpus_metrics_name_what_is_wrong(metric, predictions, references, message):
     with pytest.raises(InputError, match=message) as caught:

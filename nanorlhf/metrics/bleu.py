@@ -62,9 +62,8 @@ def _split(counts):
 
 
 def _brevity_penalty(length, reference_length):
-    if length >= reference_length:
-        return 1.0 if length else 0.0
-    return math.exp(1 - reference_length / length) if length else 0.0
+    """For length > 0: where nothing was predicted nothing matched, and all scores are 0 without asking."""
+    return 1.0 if length >= reference_length else math.exp(1 - reference_length / length)
 
 
 def _corpus_counts(count, predictions, references):
@@ -347,10 +346,11 @@ def chrf_score(counts):
     orders = [(hyp, ref, match) for hyp, ref, match in zip(counts[::3], counts[1::3], counts[2::3]) if hyp and ref]
     if not any(match for _, _, match in orders):
         return 0.0
-    precision = sum(match / hyp for hyp, _, match in orders) / len(orders)
-    recall = sum(match / ref for _, ref, match in orders) / len(orders)
-    factor = CHRF_BETA ** 2
-    return 100 * (1 + factor) * precision * recall / (factor * precision + recall)
+    precision = recall = 0.0
+    for hyp, ref, match in orders:  # sacreBLEU's operations in its order: the last bit decides which of two references is the better
+        precision, recall = precision + match / hyp, recall + match / ref
+    precision, recall, factor = precision / len(orders), recall / len(orders), CHRF_BETA ** 2
+    return 100 * ((1 + factor) * precision * recall / (factor * precision + recall))
 
 
 def chrf(predictions, references):
