@@ -8,7 +8,8 @@ measures how near, docs/METRICS.md has the table.
 Code that Python cannot parse, or that is nested beyond MAX_DEPTH, is an ERROR node over the pieces of it that do parse.
 
 Deviations from tree-sitter-python 0.21: its repairs of broken code are cleverer than those pieces; strings side by side
-are one string; the text of f-strings and the patterns of `match` are drawn coarsely.
+are one string; the text of f-strings, the patterns of `match`, `except*`, unions in annotations and names in brackets that are
+assigned to are drawn coarsely.
 """
 
 import ast
@@ -24,6 +25,7 @@ MAX_RUN, MAX_TRIES = 24, 100  # tokens of a piece of broken code, and parses spe
 # What tree-sitter calls an escape; "\d" is none, nor is "\0" (it wants three digits), and raw strings have none.
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|\d{3}|\n|N\{[^}]+\}|['\"abfnrtv\\])")
 _QUOTES = re.compile(rb"([A-Za-z]*)('''|\"\"\"|'|\")")
+_EMPTY_BASES = re.compile(rb"class\s+\w+\s*\(")  # class A():
 # Tokens of broken code: strings closed on their line, names, numbers, any other character; comments are left out.
 _TOKEN = re.compile(r"""
     (?P<string>[bBfFrRuU]{0,2}(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"))
@@ -180,7 +182,9 @@ class _Draw:
             return self.string(node)
         if value is None or isinstance(value, bool) or value is ...:
             return Node({None: "none", True: "true", False: "false", ...: "ellipsis"}[value], text=str(value))
-        return Node("integer" if isinstance(value, int) else "float", text=self.text(node).decode())
+        text = self.text(node).decode()
+        whole = isinstance(value, int) or isinstance(value, complex) and not set(text.lower()) & set(".e")  # 1j is an integer
+        return Node("integer" if whole else "float", text=text)
 
     def string(self, node):
         text = self.text(node)
@@ -224,9 +228,11 @@ class _Draw:
         return Node("list_splat", (self.draw(node.value),))
 
     def Subscript(self, node):
+        return Node("subscript", (self.draw(node.value), *self.all(self.indices(node))))
+
+    def indices(self, node):
         index = node.slice
-        indices = index.elts if isinstance(index, ast.Tuple) and not self.is_bracketed(index) else [index]
-        return Node("subscript", (self.draw(node.value), *self.all(indices)))
+        return index.elts if isinstance(index, ast.Tuple) and not self.is_bracketed(index) else [index]
 
     def Slice(self, node):
         return Node("slice", self.all([node.lower, node.upper, node.step]))
@@ -305,13 +311,13 @@ class _Draw:
             if i == len(args.posonlyargs):
                 yield Node("positional_separator", ())
         if args.vararg:
-            yield Node("list_splat_pattern", (self.parameter(args.vararg),))
+            yield self.splat("list_splat_pattern", args.vararg)
         elif args.kwonlyargs:
             yield Node("keyword_separator", ())
         for arg, default in zip(args.kwonlyargs, args.kw_defaults):
             yield self.parameter(arg, default)
         if args.kwarg:
-            yield Node("dictionary_splat_pattern", (self.parameter(args.kwarg),))
+            yield self.splat("dictionary_splat_pattern", args.kwarg)
 
     def parameter(self, arg, default=None):
         name, annotation = _identifier(arg.arg), self.annotation(arg.annotation)
@@ -321,8 +327,19 @@ class _Draw:
         kind = ("typed_" if annotation else "") + ("default_" if value else "") + "parameter"
         return Node(kind, (name, *annotation, *value))
 
+    def splat(self, kind, arg):
+        name, annotation = Node(kind, (_identifier(arg.arg),)), self.annotation(arg.annotation)
+        return Node("typed_parameter", (name, *annotation)) if annotation else name
+
     def annotation(self, node):
-        return (Node("type", (self.draw(node),)),) if node else ()
+        return (Node("type", (self.type(node),)),) if node else ()
+
+    def type(self, node):
+        """List[int] is a generic type where it is an annotation, and each of its parameters is a type."""
+        if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)) or self.brackets(node):
+            return self.draw(node)
+        parameters = tuple([part for index in self.indices(node) for part in self.annotation(index)])
+        return Node("generic_type", (self.draw(node.value), Node("type_parameter", parameters)))
 
     # ---- both sides of assignments and loops
 
@@ -410,8 +427,10 @@ class _Draw:
 
     def ImportFrom(self, node):
         module = (_dotted(node.module),) if node.module else ()
-        module = (Node("relative_import", module),) if node.level else module
+        module = (Node("relative_import", (Node("import_prefix", ()), *module)),) if node.level else module
         names = (Node("wildcard_import", ()),) if node.names[0].name == "*" else tuple(map(_imported, node.names))
+        if node.module == "__future__" and not node.level:
+            return Node("future_import_statement", names)
         return Node("import_from_statement", module + names)
 
     def If(self, node, kind="if_statement"):
@@ -444,7 +463,7 @@ class _Draw:
 
     def withitem(self, node):
         value = self.draw(node.context_expr)
-        return Node("with_item", (_as(value, self.target(node.optional_vars)) if node.optional_vars else value,))
+        return Node("with_item", (_as(value, self.draw(node.optional_vars)) if node.optional_vars else value,))
 
     def Try(self, node):
         return Node("try_statement", (self.block(node.body), *self.all(node.handlers), *self.orelse(node.orelse),
@@ -464,7 +483,8 @@ class _Draw:
     AsyncFunctionDef = FunctionDef
 
     def ClassDef(self, node):
-        bases = (self.arguments(node.bases + node.keywords),) if node.bases or node.keywords else ()
+        arguments, brackets = node.bases + node.keywords, _EMPTY_BASES.match(self.source, self.span(node)[0])
+        bases = (self.arguments(arguments),) if arguments or brackets else ()
         return self.decorated(node, Node("class_definition", (_identifier(node.name), *bases, self.block(node.body))))
 
     def decorated(self, node, definition):
