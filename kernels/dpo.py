@@ -18,6 +18,7 @@ from kernels.logprobs import backward, forward
 from kernels.rows import as_rows, check, flat
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+BLOCK = 1024  # tokens of a response that are summed at once
 STATISTICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps")
 
 
@@ -93,7 +94,7 @@ class FusedDPOLoss(torch.autograd.Function):
         with torch.cuda.device_of(chosen_logits):
             pair_kernel[(pairs,)](
                 kept[0][0], kept[1][0], sides[0][1], sides[1][1], *ref_logps, out, pairs, sides[0][1].shape[1],
-                sides[1][1].shape[1], float(beta), float(label_smoothing), loss_type, BLOCK=1024)
+                sides[1][1].shape[1], float(beta), float(label_smoothing), loss_type, BLOCK=BLOCK)
         ctx.save_for_backward(*logits, *kept, out)
         ctx.sides = sides
         ctx.mark_non_differentiable(out)

@@ -160,6 +160,10 @@ def test_forbidden_tokens(dtype):
                             normal(2, 4), size=10)
     targets[0] = 0
     assert token_logprobs(logits, targets)[0][0] == -INF
+    ours, right = (gradients_of(lambda x: function(x, targets), [logits], normal(2, 4))[1][0]
+                   for function in (token_logprobs, logprobs.token_logprobs))
+    assert ours.isfinite().all()  # p log p of the target is 0 too
+    torch.testing.assert_close(ours, right, rtol=2 * torch.finfo(dtype).eps, atol=max(1e-6, torch.finfo(dtype).eps))
 
 
 @runs_kernels
@@ -852,9 +856,37 @@ def test_dpo_statistics_and_padding():
 
 
 @runs_kernels
+def test_dpo_by_hand():
+    """All log-probs -ln 2, reference -20 and 0: h = 20, loss log(1 + e^-20) = 2.06e-9, which 1 + e^-20 would round to 0. With equal
+    references h = 0, loss ln 2, and a tie is no success. A forbidden rejected token: h is infinite, loss 0 (and not 0 * infinity)."""
+    def dpo(ref_chosen, x=0.0):
+        rejected = torch.tensor([[[x, 0.0]]], device=DEVICE)
+        target, one = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), torch.ones(1, 1, device=DEVICE)
+        loss, stats = fused_dpo_loss(torch.zeros_like(rejected), rejected, target, target, one, one,
+                                     torch.tensor([ref_chosen], device=DEVICE), torch.zeros(1, device=DEVICE), beta=1.0)
+        return loss.item(), stats["accuracy"]
+
+    assert dpo(-20.0) == (pytest.approx(2.0611536e-9, rel=1e-5), 1.0)
+    assert dpo(0.0) == (pytest.approx(math.log(2), rel=1e-6), 0.0)
+    assert dpo(0.0, -INF) == (0.0, 1.0)
+
+
+@runs_kernels
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_dpo_responses_longer_than_a_block(loss_type, monkeypatch):
+    """Responses of 6 and 4 tokens in blocks of 2: all their tokens count."""
+    logits, arguments = dpo_problem(V=8)
+    whole = fused_dpo_loss(*logits, loss_type=loss_type, **arguments)
+    monkeypatch.setattr("kernels.dpo.BLOCK", 2)
+    loss, stats = fused_dpo_loss(*logits, loss_type=loss_type, **arguments)
+    assert loss.item() == pytest.approx(whole[0].item(), rel=1e-5) and stats == pytest.approx(whole[1], rel=1e-5)
+
+
+@runs_kernels
 def test_dpo_arguments_of_any_stride():
     """Slices and expanded tensors as targets, masks and reference give what copies give."""
     logits, arguments = dpo_problem()
+    arguments |= {name: x.float() for name, x in arguments.items() if "mask" in name}  # bool ones are copied anyway
     strided = {name: torch.stack([x, x], -1)[..., 0] for name, x in arguments.items()}
     strided["ref_rejected_logps"] = torch.ones(1, device=DEVICE).expand(3)
     assert not any(x.is_contiguous() for x in strided.values())

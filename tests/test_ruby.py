@@ -280,6 +280,7 @@ def test_string_level_by_hand():
     assert ruby("f(x", "f(y") == (pytest.approx(2 / 3), "string")
     assert ruby("f(", "print(1)") == (1 - 3 / 4, "string"), "one side is enough: a replacement, two insertions"
     assert ruby("", "") == (1.0, "tree") and ruby("", "f(") == (0.0, "string")
+    assert ruby("\x1c", "\x1c") == (1.0, "string"), "whitespace that does not parse: two lists without a token are equal"
 
 
 def test_tree_level_by_hand():
@@ -317,6 +318,8 @@ def test_levels_are_bounded_by_work_not_by_time(monkeypatch):
     score, level = ruby(one, other)
     tokens = [conala_tokens(code) for code in (one, other)]
     assert level == "string" and score == 1 - table_distance(*tokens) / max(map(len, tokens))
+    monkeypatch.setattr(room, "MAX_EXPANSIONS", 500)
+    assert ruby(one, other)[1] == "string", "the trees of a graph's nodes are bounded as well"
 
 
 def test_many_statements_have_no_graph():
