@@ -204,6 +204,9 @@ def test_dependence_graph_by_hand():
     ("with f() as g:\n  h = g\nh", {(0, 2, "control"), (0, 2, "data"), (2, 1, "data")}),
     ("try:\n  a\nexcept E as e:\n  e", {(0, 1, "control"), (0, 2, "control"), (2, 3, "control"), (2, 3, "data")}),
     ("for a in b:\n  c = d\n  d = a", {(0, 1, "control"), (0, 2, "control"), (0, 2, "data"), (2, 1, "data")}),
+    ("a = 1\nb = a.x\nc = a[0]", {(0, 1, "data"), (0, 2, "data")}),              # reading an attribute or an item defines nothing
+    ("x = f()\nx.a += 1\nprint(x)", {(0, 1, "data"), (1, 2, "data")}),
+    ("import numpy as np\nnp.f(numpy)", {(0, 1, "data")}),
     ("a = 1", set()),
 ])
 def test_dependence_edges(code, expected):

@@ -255,7 +255,7 @@ def _follow(body, parent, defined, numbers, edges, loops):
         edges.update((source, number, "data") for name in reads for source in defined.get(name, ()) if source != number)
         defined |= {name: {number} for name in writes}
         blocks = [block for name in ("body", "handlers", "orelse", "finalbody")
-                  if (block := getattr(statement, name, None)) and isinstance(block, list)]
+                  if (block := getattr(statement, name, None))]
         blocks += [case.body for case in getattr(statement, "cases", ())]
         is_loop = isinstance(statement, (ast.For, ast.AsyncFor, ast.While))
         for block in blocks * (2 if is_loop and loops else 1):
@@ -316,7 +316,7 @@ def graph_distance(costs, edges_a, edges_b):
     def bound(mapping):
         i = len(mapping.targets)
         used = i - mapping.targets.count(None)
-        nodes = max(abs((n - i) - (m - used)), cheapest[i]) if i < n else m - used  # all that is left is inserted
+        nodes = max(abs((n - i) - (m - used)), cheapest[i])  # of a complete mapping m - used: all that is left is inserted
         edges = (len(edges_a) - mapping.edges_a) - (len(edges_b) - mapping.edges_b)
         return nodes + abs(edges)
 
