@@ -101,6 +101,12 @@ def test_no_weight_at_all_is_0_not_nan():
     assert by_hand(["ab"], ["ab"], idf=True) == [[0, 0, 0]]
 
 
+def test_nothing_alike_is_0_not_nan():
+    """All four vectors at right angles: P = R = 0, and F is 0 where 2 P R / (P + R) is 0 / 0."""
+    vectors = {"[": [1, 0, 0, 0], "]": [0, 1, 0, 0], "a": [0, 0, 1, 0], "b": [0, 0, 0, 1]}
+    assert torch.stack(bert_score(["a"], ["b"], Lookup(vectors), Letters())).T.tolist() == [[0, 0, 0]]
+
+
 def test_empty_text_is_0():
     assert by_hand(["", "a", "", " \n"], ["a", "", "", "a"]) == [[0, 0, 0]] * 4
     assert [side.shape for side in bert_score([], [], Lookup(VECTORS), Letters())] == [(0,)] * 3
@@ -153,7 +159,8 @@ def test_mode_is_restored_and_nothing_has_a_gradient():
 
 @pytest.mark.parametrize("options, message", [
     ({"layer": 2}, r"layer=2: this encoder has layers 0 \(its embeddings\) to 1"), ({"layer": -1}, "layer=-1"),
-    ({"layer": True}, "layer=True"), ({"baseline": 1.0}, "baseline=1.0"), ({"baseline": (0, 0)}, "three, for P")])
+    ({"layer": True}, "layer=True"), ({"layer": 1.0}, "layer=1.0"), ({"baseline": 1.0}, "baseline=1.0"),
+    ({"baseline": (0, 0)}, "three, for P")])
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         by_hand(["a"], ["b"], **options)
@@ -173,6 +180,7 @@ def test_default_layers():
         config = EncoderConfig(family, num_hidden_layers=layers, hidden_size=width, num_attention_heads=width // 64)
         assert default_layer(SimpleNamespace(config=config)) == best
     assert BEST_LAYERS["roberta", 12, 768] == 10 and BEST_LAYERS["roberta", 24, 1024] == 17
+    assert BEST_LAYERS["bert", 12, 768] == 9 and BEST_LAYERS["bert", 24, 1024] == 18
     assert default_layer(SimpleNamespace(config=EncoderConfig("bert", num_hidden_layers=6, hidden_size=384,
                                                               num_attention_heads=12))) == 6
 

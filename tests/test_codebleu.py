@@ -386,6 +386,7 @@ def test_broken_code_is_read_in_pieces():
     """The call in print(f(x) is still found; what is missing costs the call around it."""
     assert shape("print(f(x)") == (
         "(module (ERROR identifier (expression_statement (call identifier (argument_list identifier)))))")
+    assert shape("a b c") == "(module (ERROR identifier identifier identifier))", "no token is passed over"
     assert 0 < part("print(f(x)", "print(f(x))", "syntax_match") < 1
 
 
