@@ -206,7 +206,7 @@ def test_dependence_graph_by_hand():
     ("for a in b:\n  c = d\n  d = a", {(0, 1, "control"), (0, 2, "control"), (0, 2, "data"), (2, 1, "data")}),
     ("a = 1\nb = a.x\nc = a[0]", {(0, 1, "data"), (0, 2, "data")}),              # reading an attribute or an item defines nothing
     ("x = f()\nx.a += 1\nprint(x)", {(0, 1, "data"), (1, 2, "data")}),
-    ("import numpy as np\nnp.f(numpy)", {(0, 1, "data")}),
+    ("import numpy as np\nnp.f()\nnumpy", {(0, 1, "data")}),
     ("a = 1", set()),
 ])
 def test_dependence_edges(code, expected):
