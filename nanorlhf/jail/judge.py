@@ -122,7 +122,9 @@ class _Names(dict):
             return self.setdefault(name, importlib.import_module(name))
         if hasattr(builtins, name) or not self.all:
             raise KeyError(name)  # Python looks among its own next
-        return self.setdefault(name, self.session.ask("name", name))
+        value = self.setdefault(name, self.session.ask("name", name))
+        self.session.asked -= isinstance(value, Remote)  # to name it is to ask nothing yet, as with entry points
+        return value
 
 
 def _walk_tests(session, job):
