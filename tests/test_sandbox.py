@@ -320,6 +320,7 @@ PROGRAMS = {
     "raises": ("def f(x):\n    if x < 0: raise ValueError('negative')\n    return x",
                ["try:\n    f(-1)\n    raised = False\nexcept ValueError as e:\n    raised = 'negative' in str(e)\nassert raised"]),
     "raises its own error": ("class E(KeyError): pass\ndef f(): raise E('k')", ["try:\n    f()\nexcept KeyError:\n    pass\nelse:\n    assert False"]),
+    "an end of the process is an Exception to a test": ("def f(): raise SystemExit(3)", ["try:\n    f()\n    raised = False\nexcept Exception:\n    raised = True\nassert raised"]),
     "UnicodeDecodeError": ("def f(): return b'\\xff'.decode()", ["try:\n    f()\nexcept UnicodeDecodeError:\n    pass\nelse:\n    assert False"]),
     "check(candidate)": ("def f(x): return -x", ["def check(candidate):\n    assert candidate(1) == -1\n    assert all(candidate(i) == -i for i in range(5))\ncheck(f)"]),
     "math in the test": ("def f(x): return x ** .5", ["assert math.isclose(f(2), 1.41421356, rel_tol=1e-6)"]),
