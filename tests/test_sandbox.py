@@ -818,6 +818,8 @@ def test_the_probe_finds_what_is_not_there():
 def test_a_short_limit_is_for_samples_and_not_for_the_probe():
     with Sandbox(timeout=0.01, workers=1) as box:
         assert box.layers["seccomp"] is True and box.check("while True: pass", ["f()"]).status == "timeout"
+        time.sleep(judge.GRACE / 4 + 0.1)  # a sample's alarm is off when it is over, or it would end the judge
+        assert box.workers[0].processes[0].poll() is None
 
 
 def test_off_runs_nothing():
