@@ -1532,31 +1532,30 @@ def test_seccomp_program_allows_what_is_listed_alone(arch):
     assert not closed & {2, 257} if arch == X86 else 56 not in closed
 
 
-# By the kernel's names: what writes, names a process, opens a socket, changes a user, a limit or a mount, or widens what the kernel does.
-NEVER = """chmod chown creat fchmodat fchownat fork ftruncate link linkat mkdir mkdirat mknod mknodat rename renameat renameat2 rmdir symlink
-symlinkat truncate unlink unlinkat utimensat open_by_handle_at openat2 fallocate setxattr execve execveat vfork kill tkill tgkill rt_sigqueueinfo
-rt_tgsigqueueinfo pidfd_open pidfd_getfd pidfd_send_signal ptrace process_vm_readv process_vm_writev kcmp socket connect bind listen accept
-accept4 sendmsg sendmmsg recvmsg recvmmsg setuid setgid setresuid setresgid setgroups setfsuid capset setrlimit setpriority sched_setscheduler
-sched_setaffinity prctl seccomp unshare setns mount umount2 pivot_root chroot move_mount fsopen reboot swapon init_module finit_module
-kexec_load bpf perf_event_open userfaultfd io_uring_setup io_uring_enter keyctl add_key memfd_create memfd_secret shmget shmat msgget semget
-mq_open mbind ioperm iopl arch_prctl modify_ldt personality setsid setpgid fanotify_init inotify_init1 landlock_restrict_self""".split()
-HEADERS = {"x86-64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}  # that is aarch64's
+# What writes, names a process, opens a socket, changes a user, a limit or a mount, or widens what the kernel does: <x86-64 aarch64>, from
+# the kernel's unistd.h, as in walls.CALLS.
+NEVER = """chmod 90 -, chown 92 -, creat 85 -, fchmodat 268 53, fchownat 260 54, fork 57 -, ftruncate 77 46, link 86 -, linkat 265 37, mkdir 83
+-, mkdirat 258 34, mknod 133 -, mknodat 259 33, rename 82 -, renameat 264 38, renameat2 316 276, rmdir 84 -, symlink 88 -, symlinkat
+266 36, truncate 76 45, unlink 87 -, unlinkat 263 35, utimensat 280 88, open_by_handle_at 304 265, openat2 437 437, fallocate 285 47,
+setxattr 188 5, execve 59 221, execveat 322 281, vfork 58 -, kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138,
+rt_tgsigqueueinfo 297 240, pidfd_open 434 434, pidfd_getfd 438 438, pidfd_send_signal 424 424, ptrace 101 117, process_vm_readv 310
+270, process_vm_writev 311 271, kcmp 312 272, socket 41 198, connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288
+242, sendmsg 46 211, sendmmsg 307 269, recvmsg 47 212, recvmmsg 299 243, setuid 105 146, setgid 106 144, setresuid 117 147, setresgid
+119 149, setgroups 116 159, setfsuid 122 151, capset 126 91, setrlimit 160 164, setpriority 141 140, sched_setscheduler 144 119,
+sched_setaffinity 203 122, prctl 157 167, seccomp 317 277, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155
+41, chroot 161 51, move_mount 429 429, fsopen 430 430, reboot 169 142, swapon 167 224, init_module 175 105, finit_module 313 273,
+kexec_load 246 104, bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425 425, io_uring_enter 426 426, keyctl
+250 219, add_key 248 217, memfd_create 319 279, memfd_secret 447 447, shmget 29 194, shmat 30 196, msgget 68 186, semget 64 190,
+mq_open 240 180, mbind 237 235, ioperm 173 -, iopl 172 -, arch_prctl 158 -, modify_ldt 154 -, personality 135 92, setsid 112 157,
+setpgid 109 154, fanotify_init 300 262, inotify_init1 294 26, landlock_restrict_self 446 446"""
 
 
-@pytest.mark.parametrize("column", [0, 1], ids=HEADERS)
-def test_numbers_of_system_calls_are_the_kernel_s(column):
-    """The table's names are those of its numbers, and no call that reaches something is on it."""
-    path = Path([*HEADERS.values()][column])
-    if not path.exists():
-        pytest.skip("linux-libc-dev is not installed")
-    numbers = {name: int(number) for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text())}
-    numbers |= {"newfstatat": numbers["fstatat"]} if column else {}  # the header's name for both sizes of a word
-    listed = {each.split()[0]: each.split()[1 + column] for each in walls.CALLS.replace("\n", " ").split(",")}
-    known = {name: number for name, number in listed.items() if number != "-"}
-    assert known == {name: str(numbers.get(name, number)) for name, number in known.items()} and len(known.keys() - numbers.keys()) < 5  # old headers
-    program, audit = walls.seccomp_program(arch=(X86, ARM)[column]), (X86, ARM)[column][1]
-    refused = {name: bpf(program, audit, numbers[name]) for name in NEVER if name in numbers}
-    assert len(refused) > 75 and set(refused.values()) == {EPERM}, refused
+@pytest.mark.parametrize("arch", [X86, ARM], ids=["x86-64", "aarch64"])
+def test_no_call_that_reaches_something_is_allowed(arch):
+    """By their numbers, written down apart from the table: one that is wrong there would let another call through."""
+    numbers = {each.split()[0]: each.split()[1 + arch[0]] for each in NEVER.replace("\n", " ").split(",")}
+    refused = {name: bpf(walls.seccomp_program(arch=arch), arch[1], int(number)) for name, number in numbers.items() if number != "-"}
+    assert set(refused.values()) == {EPERM}, refused
 
 
 # ---- the house
