@@ -58,6 +58,7 @@ GOOD = [  # (format, file name, content, the one record expected)
     ("response", "a.csv", "prompt,response\np,r\n", Record("p", response="r")),
     ("response", "a.csv", "prompt,response,rating\np,r,4\n", Record("p", response="r", rating=4.0)),
     ("response", "a.csv", "prompt,response,rating\np,r,\n", Record("p", response="r")),
+    ("response", "a.jsonl", [{"prompt": "p", "response": "r", "comment": "good"}], Record("p", response="r", comment="good")),
     ("response", "a.json", [{"prompt": "p", "response": "", "rating": -1.5}], Record("p", response="", rating=-1.5)),
     ("preference", "a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}], Record("p", chosen="c", rejected="r")),
     ("preference", "a.csv", "prompt,chosen_response,rejected_response\np,c,r\n", Record("p", chosen="c", rejected="r")),
@@ -141,6 +142,11 @@ def test_skip_bad_rows_covers_malformed_lines_and_double_ids_but_never_skips_eve
         read(write(tmp_path, "a.jsonl", "{oops\n"), skip_bad_rows=True)
 
 
+def test_the_answer_is_what_training_would_copy():
+    rows = [Record("p", "reference", "response", "chosen"), Record("p", None, "response", "chosen"), Record("p", None, "response"), Record("p")]
+    assert [row.answer for row in rows] == ["reference", "chosen", "response", None]
+
+
 def test_format_query():
     assert format_query("sort `x`") == "sort `x`\n"
     assert format_query("{a}", "# {prompt}\n{b}") == "# {a}\n{b}"  # other braces are text, in prompt and template
@@ -195,6 +201,21 @@ def test_split_follows_chains():
         assert train == chain and len(validation) == len(test) == 1
 
 
+def test_rows_whose_question_is_empty_share_no_question():
+    """As cells of a CSV: tied to one another they would be a single group, which cannot be split."""
+    records = rows_of(30, question=lambda i: "" if i % 2 else None)
+    assert [len(part) for part in split(records, 0.2, 0.1)] == [21, 6, 3]
+    assert "question_ids" not in leakage(records, records)
+
+
+def test_where_no_group_fits_the_smallest_is_held_out():
+    """Groups of 6, 4 and 2 rows, and room for 1 in the test: it gets the 2, whatever the seed."""
+    records = [Record(f"p{size}", str(i)) for size in (6, 2, 4) for i in range(size)]
+    for seed in range(6):
+        train, _, test = split(records, 0, 0.1, seed)
+        assert (len(train), test) == (10, records[6:8])
+
+
 @pytest.mark.parametrize("validation, test", [(0.1, 0.1), (0.5, 0.4), (0.01, 0.9), (0.1, 0.0), (0.0, 0.1)])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 1, 1), (1, 5, 5), (7, 7, 7)])
 def test_small_sets_get_a_row_in_every_split(sizes, validation, test):
@@ -219,6 +240,7 @@ def test_a_file_is_split_and_says_so(tmp_path):
     splits = load_splits(path, validation=0.1, test=0.2, seed=5)
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [14, 2, 4]
     assert splits.kind == "response" and splits.source == f"{path}, split by prompt with seed 5"
+    assert (splits.train, splits.validation, splits.test) == split(read(path), 0.1, 0.2, 5) != split(read(path), 0.1, 0.2)
 
 
 def test_a_folder_gives_its_files_and_extra_test_splits(tmp_path):
@@ -236,7 +258,24 @@ def test_a_folder_without_validation_splits_it_off_train_only(tmp_path):
     splits = load_splits(tmp_path, validation=0.25)
     assert [len(splits.train), len(splits.validation), splits.test] == [15, 5, [Record("t")]]
     assert splits.source.endswith("train.json, test.json, validation split off train with seed 0")
+    assert load_splits(tmp_path, validation=0.25, seed=3).validation == split(read(tmp_path / "train.json"), 0.25, 0, 3)[1] != splits.validation
     assert splits.drawn == splits.head(1).drawn == ("validation",) and load_splits(tmp_path / "train.json").drawn == ("validation", "test")
+
+
+def test_a_folder_is_read_as_asked_for(tmp_path, capsys):
+    """By the columns no format fits; and the first row of each file is empty."""
+    for name in ("train", "validation", "test"):
+        write(tmp_path, f"{name}.csv", f"prompt,note\n,x\n{name},x\n")
+    splits = load_splits(tmp_path, "prompts", skip_bad_rows=True)
+    assert {name: [row.prompt for row in rows] for name, rows in splits.named().items()} == {name: [name] for name in splits.named()}
+    assert capsys.readouterr().err.count("skipped 1 of 2 rows") == 3
+    with pytest.raises(InputError, match="columns fit no format"):
+        load_splits(tmp_path)
+
+
+def test_max_rows_cuts_every_split():
+    found = Splits(rows_of(3), rows_of(4), rows_of(5), {"test_hard": rows_of(6)}, "here").head(2)
+    assert found.named() == {name: rows_of(2) for name in ("train", "validation", "test", "test_hard")} and found.source == "here, the first 2 rows"
 
 
 @pytest.mark.parametrize("files, reason", [
@@ -272,6 +311,17 @@ def test_mined_rows_join_train_only_when_asked_and_never_with_a_held_out_questio
     check_leakage(splits)
 
 
+def test_mined_rows_of_any_held_out_question_stay_out(tmp_path, capsys):
+    """Questions 1 to 4 are those of train, validation, test and test_hard, one row each: of mined rows 1 to 5 the first and the last join."""
+    def row(number, **columns):
+        return {"intent": f"i{number}{columns}", "snippet": "s", "question_id": number, **columns}
+    for number, name in enumerate(("train", "validation", "test", "test_hard"), start=1):
+        write(tmp_path, f"{name}.json", [row(number)])
+    write(tmp_path, "conala-mined.jsonl", [row(number, prob=0.9) for number in (1, 2, 3, 4, 5)] + [{"intent": "no snippet", "prob": 0.9}])
+    splits = load_splits(tmp_path, min_probability=0.5, skip_bad_rows=True)
+    assert [record.meta["question_id"] for record in splits.train] == [1, 1, 5] and "skipped 1 of 6 rows" in capsys.readouterr().err
+
+
 def test_the_embedded_set_has_its_four_files_and_no_overlap():
     splits = load_splits("nano")
     assert {name: len(rows) for name, rows in splits.named().items()} == {
@@ -292,6 +342,7 @@ def test_conala_by_name_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_normalise():
     assert normalise(" Sort  the\tlist `A`\n") == normalise("sort the list 'a'") == "sort the list a"
+    assert normalise("the \u2018a\u2019 of \u201cb\u201d") == "the a of b"  # as word processors write quotes
 
 
 def test_leakage_by_hand():
@@ -326,6 +377,12 @@ def test_leakage_by_hand():
     assert json.loads(json.dumps(report)) == report
 
 
+def test_leakage_of_pairs_and_ratings_is_of_what_would_be_copied():
+    for answer in ("chosen", "response"):
+        report = leakage([Record("a", **{answer: "x"})], [Record("a", **{answer: "x"}), Record("b", **{answer: "x"})])
+        assert (report["snippets"]["exact"], report["pairs"]["exact"]) == (2, 1)
+
+
 def test_leakage_shows_five_examples_and_leaves_out_what_a_side_lacks():
     same = rows_of(8)
     report = leakage(same, [Record(r.prompt) for r in same])
@@ -341,6 +398,7 @@ LEAKS = [  # (splits, the pair that must be named, the counts that must be named
     (Splits([A], [A], [B]), "train and validation", "1 intent (1 exact)"),
     (Splits([A], [B], [B]), "validation and test", "1 intent (1 exact)"),
     (Splits([A], [B], [C], {"test_hard": [A]}), "train and test_hard", "1 intent (1 exact)"),
+    (Splits([A], [B], [C], {"test_hard": [B]}), "validation and test_hard", "1 intent (1 exact)"),
     (Splits([Record("a", "1", meta={"question_id": 5})], [], [Record("b", "2", meta={"question_id": 5})]),
      "train and test", "1 question_id (1 exact)"),
 ]
@@ -466,6 +524,10 @@ def test_download_unpacks_the_expected_files_only(tmp_path, serve, capsys):
     assert f"sha256 {data.CONALA_SHA256['conala-train.json']}  as expected" in out
     data.download_conala(to, "http://127.0.0.1:1/never-asked")
     assert "nothing to do" in capsys.readouterr().out
+    for damage in (lambda: (to / "conala-train.json").write_bytes(TRAIN[:-1]), (to / "conala-mined.jsonl").unlink):  # that is not the corpus
+        damage()
+        data.download_conala(to, url)
+        assert (to / "conala-train.json").read_bytes() == TRAIN and (to / "conala-mined.jsonl").is_file()
 
 
 def broken(body):
