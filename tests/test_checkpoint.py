@@ -51,6 +51,17 @@ def test_a_written_folder_is_whole_and_verified(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_all_is_on_the_disk_before_the_name_is_taken(tmp_path, monkeypatch):
+    """A crash of the machine, too, leaves the old folder or the new one: files, manifest and folder are synced before the rename,
+    the parent after it."""
+    done, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.fstat(fd).st_ino), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), rename(*names)))
+    write_folder(tmp_path / "x", fill("1"))
+    inside = {path.stat().st_ino for path in [tmp_path / "x", *(tmp_path / "x").rglob("*")] if path.name != "deep"}
+    assert done.index("rename") == len(done) - 2 and inside <= set(done[:-2]) and done[-1] == tmp_path.stat().st_ino
+
+
 class Killed(BaseException):
     """Stands in for kill -9: nothing of ours runs after it."""
 
@@ -105,6 +116,8 @@ def test_damage_is_found_and_an_older_checkpoint_taken(tmp_path, kind):
 
 def test_no_checkpoint_at_all(tmp_path):
     assert newest(tmp_path) == (None, []) and step_folders(tmp_path) == []
+    (tmp_path / "checkpoints" / "step-2 (copy)").mkdir(parents=True)  # not ours
+    assert newest(tmp_path) == (None, [])
 
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -158,7 +171,7 @@ def test_three_global_generators_go_on():
     assert draws() == expected
 
 
-@pytest.mark.parametrize("name", ["python", "numpy_gauss", "torch"])
+@pytest.mark.parametrize("name", ["python", "python_gauss", "numpy", "numpy_gauss", "torch"])
 def test_a_generator_that_cannot_be_restored_is_an_error(name):
     state = random_state()
     del state[f"random/{name}"]
@@ -440,6 +453,30 @@ def test_status_names_the_terms_of_a_sum():
     from nanorlhf.status import numbers
     row = {"eval/execution": 0.5, "eval/reward/execution": 0.25, "objective/kl_coef": 0.2, "eval/exact_match": 1.0}
     assert numbers(row, row) == "execution 0.5, reward/execution 0.25, kl coef 0.2, exact match 1"
+
+
+def test_status_by_hand(tmp_path, monkeypatch):
+    """4 of 10 steps in 60 seconds: 15 a step, 90 for the other 6. Evaluations and alarms are no steps; the last five alarms are shown."""
+    from nanorlhf import status
+    (tmp_path / "config.toml").touch()
+    (tmp_path / "progress.json").write_text('{"total_steps": 10}')
+    rows = [{"step": 4, "loss": 0.5, "time/run": 60.0}, {"step": 4, "eval/loss": 0.25, "time/run": 61.0}]
+    rows += [{"step": 4, "alarm": "kl", "message": f"number {number}", "time/run": 62.0} for number in range(6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines, code = status.status(tmp_path)
+    assert code == 1 and lines[0].endswith("stopped before its end: the same command with --resume goes on")
+    assert lines[1:] == ["step 4 of 10 (40%) after 0:01:00", "latest step 4: loss 0.5", "latest evaluation, step 4: loss 0.25",
+                         *(f"ALARM number {number}" for number in range(1, 6)), "no checkpoint yet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(status, "in_use", lambda folder: True)
+        lines, code = status.status(tmp_path)
+        assert code == 0 and ", about 0:01:30 of training left; last line " in lines[1]
+    (tmp_path / "results.json").touch()
+    lines, code = status.status(tmp_path)
+    assert code == 0 and lines[1] == "step 4 of 10 (40%) after 0:01:00, and ended there: by --patience or --on-alarm stop"
+    assert status.main([]) == status.main(["a", "b"]) == status.main(["--all"]) == 2 and status.main(["--help"]) == 0
+    with pytest.raises(InputError, match="name a run folder"):
+        status.status(tmp_path / "other")  # beside a run that no process holds
 
 
 def test_status_of_a_finished_a_running_and_a_stopped_run(home, tmp_path, capsys):

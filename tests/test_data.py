@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from nanorlhf import data
-from nanorlhf.data import Record, Splits, check_leakage, format_query, leakage, load_splits, normalise, read, split
+from nanorlhf.config import parse
+from nanorlhf.data import Record, Splits, check_leakage, format_query, leakage, load_splits, normalise, open_data, read, split
 from nanorlhf.errors import InputError
+from nanorlhf.options import DataOptions, data_flags
 
 CONALA = Path(__file__).resolve().parents[2] / "shared" / "data" / "conala"
 needs_conala = pytest.mark.skipif(not CONALA.is_dir(), reason="../shared/data/conala is not here")
@@ -417,6 +419,43 @@ def test_overlap_stops_unless_allowed(splits, where, counts):
 def test_a_shared_snippet_alone_is_reported_and_does_not_stop():
     report = check_leakage(Splits([Record("a", "len(s)")], [], [Record("b", "len(s)")]))
     assert report["overlap"] == [] and report["splits"]["train/test"]["snippets"]["exact"] == 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# Options
+
+
+def opened(*words):
+    return open_data(parse(DataOptions, argv=list(map(str, words)), exit_on_error=False))
+
+
+def test_every_data_option_reaches_the_reader(tmp_path):
+    path = write(tmp_path, "a.csv", "prompt,note\n,x\n" + "".join(f"p{i},x\n" for i in range(20)))
+    splits, report = opened("--data", path, "--data-format", "prompts", "--skip-bad-rows", "--validation", "0.3", "--test", "0.2",
+                            "--split-seed", "3", "--max-rows", "5")
+    assert splits == load_splits(path, "prompts", 0.3, 0.2, 3, skip_bad_rows=True).head(5)
+    assert report["splits"]["train/test"]["train_rows"] == 10, "overlap is looked for in all rows"
+    mined = write(tmp_path, "mined.jsonl", [{"intent": f"i{i}", "snippet": "s", "prob": i / 10, "question_id": i} for i in range(10)])
+    splits, _ = opened("--data", mined, "--min-probability", "0.5")
+    assert sorted(record.probability for rows in splits.named().values() for record in rows) == [0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+def test_overlap_in_the_data_stops_a_script_unless_it_is_allowed(tmp_path):
+    for name, rows in (("train", ["a", "b"]), ("validation", ["c"]), ("test", ["d", "B"])):
+        write(tmp_path, f"{name}.json", rows)
+    with pytest.raises(InputError, match="train and test share 1 intent"):
+        opened("--data", tmp_path, "--max-rows", "1")
+    assert len(opened("--data", tmp_path, "--allow-overlap")[1]["overlap"]) == 1
+
+
+def test_data_flags_say_every_option_again():
+    """A stage that is made for a later one must see its rows: also a probability of 0, and a template that looks like an option."""
+    words = ["--data", "d", "--data-format", "conala", "--validation", "0.3", "--test", "0.2", "--split-seed", "3", "--min-probability", "0",
+             "--max-rows", "5", "--skip-bad-rows", "--allow-overlap", "--template=--{prompt}\n", "--max-query", "7", "--max-response", "9"]
+    config = parse(DataOptions, argv=words, exit_on_error=False)
+    assert not [name for name in DataOptions.__dataclass_fields__ if getattr(config, name) == getattr(DataOptions(), name)], "an option is new"
+    assert parse(DataOptions, argv=data_flags(config), exit_on_error=False) == config
+    assert parse(DataOptions, argv=data_flags(DataOptions()), exit_on_error=False) == DataOptions()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -268,6 +268,40 @@ def test_a_second_resume_leaves_the_living_run_alone(run):
     assert not partial.exists()
 
 
+def test_what_a_killed_save_set_aside_comes_back_on_resume(run):
+    """Killed between the two renames of `write_folder`: best/ is only there as .best.old."""
+    run.save("best", writer("whole"))
+    os.rename(run.folder / "best", run.folder / ".best.old")
+    run.close()
+    runs.check_run(settings("--out", str(run.folder), "--resume"))
+    assert contents(run.folder)["best/weights"] == b"whole"
+
+
+def test_options_that_may_change_and_those_that_may_not(run):
+    """What a step computes stays; where it runs and what is kept may change. An unset option is no other than one that is "none"."""
+    free = ["--save-steps", "7", "--keep-checkpoints", "9", "--gpu", "1", "--debug", "--dry-run", "--resume", "--overwrite"]
+    assert runs.changes(settings("--out", "elsewhere", *free), run.folder) == []
+    others = ["--seed", "1", "--device", "cpu", "--precision", "bf16", "--generation-batch-size", "2", "--lr", "0.5"]
+    assert [line.split(":")[0] for line in runs.changes(settings(*others), run.folder)] == [
+        "seed", "device", "precision", "generation_batch_size", "lr"]
+
+    @dataclass
+    class More(Config):
+        clip: float | None = option(None, "an option that may be unset")
+    (run.folder / "config.toml").write_text('clip = "none"\n')
+    assert runs.changes(parse(More, argv=[]), run.folder) == []
+    assert runs.changes(parse(More, argv=["--clip", "1"]), run.folder) == ["clip: None there, 1.0 here"]
+
+
+def test_a_finished_run_is_not_gone_on_with_under_other_options(run):
+    run.finish()
+    with pytest.raises(SystemExit) as exit:
+        runs.check_run(settings("--out", str(run.folder), "--resume"))
+    assert exit.value.code == 0
+    with pytest.raises(InputError, match="is finished, and cannot be gone on with under other options .lr: 0.001 there, 0.5 here"):
+        runs.check_run(settings("--out", str(run.folder), "--resume", "--lr", "0.5", "--allow-config-change"))
+
+
 def test_a_full_disk_stops_the_log_with_advice(run):
     (run.folder / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RunFailed, match="metrics.jsonl was not written: No space left on device; free some space"):
@@ -332,6 +366,98 @@ def test_the_best_is_kept_and_misses_are_counted(run):
         run.keep_best(step, score, writer(str(step)))
         seen.append((run.best_step, run.misses, (run.folder / "best" / "weights").read_text()))
     assert seen == [(1, 0, "1"), (1, 1, "1"), (1, 2, "1"), (4, 0, "4")] and run.best_score == 2.0
+
+
+def resumed(run, total_steps, *words):
+    """The run as another process finds it: (Run, what `restore` returns)."""
+    run.close()
+    config = settings("--out", str(run.folder), "--resume", *words)
+    again = Run(config, runs.check_run(config))
+    return again, again.restore(adamw([module()], 0.1), total_steps)
+
+
+def test_best_patience_and_seconds_go_on_after_a_resume(run):
+    """Best at step 1, misses at 2 and 3, checkpoint after 3, 100 seconds in; what was logged after it is gone, time is counted on."""
+    optimizer = adamw([module()], 0.1)
+    for step, score in enumerate((2.0, 1.0, 1.5), start=1):
+        run.log(step, {"loss": 1.0})
+        run.samples(step, [{"response": "x"}])
+        run.keep_best(step, score, writer("w"))
+    run.started -= 100
+    run.checkpoint(3, writer("w"), optimizer, {"kl_coef": 0.25})
+    before = tree(run.folder)
+    run.log(4, {"loss": 1.0})
+    run.samples(4, [{"response": "x"}])
+    again, numbers = resumed(run, 9)
+    assert numbers == (3, {"kl_coef": 0.25}) and (again.best_score, again.best_step, again.misses) == (2.0, 1, 2)
+    assert 100 <= again.seconds() < 200
+    assert all(tree(run.folder)[name] == before[name] for name in ("metrics.jsonl", "samples.jsonl"))
+    assert list(again.until_stalled(range(4, 10), patience=2)) == [] and list(again.until_stalled([4, 5], patience=3)) == [4, 5]
+
+
+def test_under_changed_options_the_best_is_decided_anew(run):
+    """The steps after the checkpoint will be others: best/ may hold one that will not come. Unless there are none."""
+    run.keep_best(1, 2.0, writer("w"))
+    run.keep_best(2, 1.0, writer("w"))
+    run.checkpoint(2, writer("w"), adamw([module()], 0.1), {})
+    for total, expected in ((9, (-math.inf, 0)), (2, (2.0, 1))):
+        again, _ = resumed(run, total, "--lr", "0.5", "--allow-config-change")
+        assert (again.best_score, again.misses) == expected
+        again.close()
+        (run.folder / "config.toml").write_text((run.folder / "config.toml").read_text().replace("lr = 0.5", "lr = 0.001"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(run):
+    model = module()
+    with torch.no_grad():
+        model[0].weight[1, 1] = math.nan
+    with pytest.raises(RunFailed, match="step 7: the weights are not finite; lower --lr; there is no checkpoint yet"):
+        run.checkpoint(7, writer("w"), adamw([model], 0.1), {})
+    assert not (run.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("score", [None, math.nan, math.inf])
+def test_a_validation_score_that_says_nothing_stops_the_run(run, score):
+    with pytest.raises(RunFailed, match="step 7: the validation score is"):
+        run.keep_best(7, score, writer("w"))
+    assert not (run.folder / "best").exists()
+
+
+def test_room_on_the_disk_is_looked_for_before_the_first_step(run, monkeypatch):
+    """12 + 4 + 4 + 4 + 4 + 1 = 29 parameters of 4 bytes; a new run needs 5 copies, 580 bytes: weights, two moments, best/ and final/."""
+    from types import SimpleNamespace
+    for free, fits in ((580, True), (579, False)):
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+        if fits:
+            assert run.restore(adamw([module()], 0.1), 9) == (0, {})
+        else:
+            with pytest.raises(RunFailed, match="are needed to save.*free some space"):
+                run.restore(adamw([module()], 0.1), 9)
+
+
+def test_a_signal_after_the_last_step_is_not_lost(run):
+    """No `end_step` follows that would leave: the end of the loop does. What handled signals before does so again."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(runs.Interrupted, match="stopped; go on with: .* --resume") as error, run:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert error.value.signum == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_the_second_signal_leaves_at_once(run, monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with pytest.raises(runs.Interrupted), run:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            assert left == []
+            os.kill(os.getpid(), signum)
+        assert left == [143]
+
+
+def test_the_command_to_go_on_with_can_be_typed(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_x.py"])
+    run.folder = tmp_path / "my run"
+    assert run.resume_command() == f"python train_x.py --config '{tmp_path}/my run/config.toml' --resume"
 
 
 def test_finish_writes_the_model_then_the_results(run, monkeypatch):
