@@ -85,7 +85,7 @@ def check_same(folder, wanted):
     """InputError unless the run in `folder` was made with these options: other rows, another template or another model must
     not be continued, or compared, unawares."""
     from nanorlhf.run import read_config  # imports torch, which --help does without
-    theirs = read_config(folder)
+    theirs = {name: None if value == "none" else value for name, value in read_config(folder).items()}
     for name, value in wanted.items():
         if (name in theirs or value is not None) and theirs.get(name) != value:  # an unset option is not in the file
             raise InputError(f"{folder} was made with {name} = {theirs.get(name)!r}, this run asks for {value!r}: ask for the same, "

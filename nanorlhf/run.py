@@ -475,7 +475,8 @@ class Run:
             checkpoint.save_state(folder, optimizer, numbers)
 
         self.save(f"checkpoints/step-{step}", write_all)
-        for old in checkpoint.step_folders(self.folder)[:-self.config.keep_checkpoints]:
+        written = [path for path in checkpoint.step_folders(self.folder) if int(path.name[5:]) <= step]  # a later one was damaged, and skipped
+        for old in written[:-self.config.keep_checkpoints]:
             shutil.rmtree(old)
 
     def keep_best(self, step, score, write):

@@ -631,6 +631,11 @@ def test_check_prints_counts_lengths_and_leakage(tmp_path, capsys):
     assert data.main(["check", str(tmp_path), "--allow-overlap"]) == 0
 
 
+def test_pairs_of_one_answer_and_other_mistakes_are_no_repetition():
+    train = [Record("p", chosen="c", rejected=rejected) for rejected in ("a", "b", "a")]
+    assert "3 rows, 1 of them repeat another" in data.describe(Splits(train, [], []))[2]
+
+
 def test_the_module_runs_without_torch():
     """Reading data and --help must stay fast: importing torch alone takes a second or more."""
     code = "import sys, nanorlhf.data; sys.exit('torch' in sys.modules)"

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +78,10 @@ def test_each_model_is_asked_as_it_was_trained(ask, models):
     assert [json.loads(line) for line in Path("b.jsonl").read_text().splitlines()] == rows[1::2]
     ask("--model run --out c.jsonl", "--template", "{prompt}: ", "--prompt", "sort xs")
     assert json.loads(Path("c.jsonl").read_text())["response"] == by_hand(models / "run/final", "sort xs", "{prompt}: ", 6)
-    assert generate.load("policy", parse(generate.Config, argv=["--model", "policy"]), "cpu")[2].max_response == 24  # half of 48 positions
+    for name, words, lengths in (("policy", [], (24, 24)), ("run", [], (30, 6)), ("run", ["--max-response", "9"], (30, 9)),  # 24: half of 48 positions
+                                 ("policy", ["--max-response", "8"], (40, 8)), ("run", ["--max-query", "5"], (5, 6))):
+        config = generate.load(name, parse(generate.Config, argv=["--model", name, *words]), "cpu")[2]
+        assert (config.max_query, config.max_response) == lengths
 
 
 def test_answers_alone_go_to_stdout(ask, models):
@@ -125,6 +129,7 @@ def test_a_prompt_a_line_from_stdin(ask):
 @pytest.mark.parametrize("words, line", [
     ("--prompt a", "--model: name at least one policy"), ("--model run", "no prompt: give --prompt, or a prompt a line on stdin"),
     ("--model run --prompt a --samples 2", "give --temperature above 0 too"), ("--model run --prompt a --top-k 2", "give --temperature above 0 too"),
+    ("--model run --prompt a --top-p 0.5", "give --temperature above 0 too"),
     ("--model run --prompt a --template x", "has no {prompt}"), ("--model run --prompt a --overwrite", "there is no --out"),
     ("--model run --prompt a --max-response 40", "lower one of them"), ("--model policy --prompt a --max-response 400", "lower one of them"), ("--model nothing --prompt a", "nothing"),
     ("--model reward --prompt a", "score"), ("--model run --prompt a --reward execution", "needs rows with checks"),
@@ -132,6 +137,13 @@ def test_a_prompt_a_line_from_stdin(ask):
 def test_bad_input_is_one_line(ask, words, line):
     code, out, err = ask(words)
     assert code == 2 and out == "" and line in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_command_says_so_with_its_code(ask, monkeypatch, signum, code):
+    monkeypatch.setattr(generate, "ask", lambda *what: os.kill(os.getpid(), signum))
+    assert ask("--model run --prompt a") == (code, "", f"device: cpu (CPU, {torch.get_num_threads()} threads)\n"
+                                             f"{Path(sys.argv[0]).name}: {signum.name}: interrupted\n")
 
 
 def test_an_empty_prompt_asks_nothing(ask):

@@ -180,6 +180,61 @@ def test_non_finite_values_and_a_single_row_are_drawn(tmp_path):
     png_size(panels(rows[:1], SFT, tmp_path / "b.png", "SFT"))
 
 
+def test_validation_metrics_go_by_epoch_where_all_rows_have_one():
+    rows = [{"step": 5, "epoch": 1, "eval/bleu": 0.5, "eval/loss": 2.0}, {"step": 7, "loss": 1.0}, {"step": 10, "epoch": 2, "eval/bleu": 0.75}]
+    assert plots.evaluations(rows) == ({"bleu": ([1, 2], [0.5, 0.75]), "loss": ([1], [2.0])}, "epoch")
+    del rows[2]["epoch"]
+    assert plots.evaluations(rows) == ({"bleu": ([5, 10], [0.5, 0.75]), "loss": ([5], [2.0])}, "step")
+    assert plots.evaluations(rows[1:2]) == ({}, "step")
+
+
+def test_how_answers_were_decoded_is_said_where_it_is_one_way():
+    for temperatures, words in (([0.0, 0.0], "(greedy)"), ([0.7, 1.0], "(sampled)"), ([0.0, 1.0], ""), ([], "")):
+        assert plots.decoding([{"step": 1, "temperature": value} for value in temperatures] + [{"step": 2}]) == words
+
+
+@pytest.mark.parametrize("plot, metric", [(plot_ppo, "objective/kl"), (plot_dpo, "rewards/margin")])
+def test_each_term_of_a_reward_has_a_panel(figure, tmp_path, plot, metric):
+    rows = [{"step": 1, metric: 1.0, "reward/syntax": 0.5, "reward/bleu": 0.5}, {"step": 1, "eval/reward/syntax": 0.5}]
+    plot(write_log(tmp_path, rows).parent)
+    assert titles(figure())[1:] == ["Term of the reward"] * 2
+    assert [len(axes.get_lines()) for axes in figure()[1:]] == [1, 2], "bleu: training alone; syntax: both"
+    assert [axes.texts[0].get_text() for axes in figure()[1:]] == ["bleu", "syntax"]
+
+
+def test_a_run_leaves_a_figure_of_its_validation_by_epoch(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: written.append((path.name, figure)) or path)
+    plot_sft(write_log(tmp_path, [{"step": 3, "epoch": 1, "eval/loss": 1.0, "eval/bleu": 0.5, "temperature": 0.0}]).parent)
+    (name, figure), (other, _) = written
+    assert (name, other) == ("evaluation_metrics_by_epoch.png", "sft.png")
+    assert figure.axes[0].get_title(loc="left") == "BLEU: target 0.4" and figure.texts[0].get_text() == f"{tmp_path}: validation (greedy) by epoch"
+
+
+def test_a_metric_that_one_model_lacks_is_drawn_for_the_other(figure, tmp_path):
+    curves = {"a": {"bleu": ([1, 2], [0.1, 0.2])}, "b": {"ruby": ([1], [0.3])}}
+    plots.plot_by_epoch(curves, "epoch", tmp_path / "x.png")
+    assert titles(figure()) == ["BLEU: target 0.4", "RUBY: target 0.3"]
+    plots.plot_all_by_epoch({"a": {"conala_bleu": ([1], [25.0]), "bleu": ([1], [0.5]), "length": ([1], [9.0])}, "b": {"length": ([1], [9.0])}},
+                            "epoch", tmp_path / "x.png")
+    assert titles(figure()) == ["a"] and {line.get_label(): list(line.get_ydata()) for line in figure()[0].get_lines()} == \
+        {"BLEU": [0.5], "CoNaLa BLEU": [0.25]}
+
+
+def test_a_target_is_met_at_its_value(figure, tmp_path):
+    plots.plot_targets({"a": {"bleu": 0.4, "ruby": 0.299, "bertscore": None}}, tmp_path / "x.png", {"bleu": 0.4, "ruby": 0.3, "bertscore": 0.7})
+    assert [text.get_text() for text in figure()[0].texts] == ["0.400, target 0.4: met", "0.299, target 0.3: not met", "not computed"]
+    assert plots.plot_targets({"a": {}}, tmp_path / "x.png", {}) is None
+
+
+@pytest.mark.parametrize("metrics, panel", [({"objective/kl": 1.0, "loss": 1.0}, "KL to the reference"), ({"loss": 1.0}, "Loss"),
+                                            ({"rewards/margin": 1.0, "eval/margin": 1.0}, "Margin"), ({"margin": 1.0, "error": 1.0}, "Margin")])
+def test_the_training_of_any_run_is_drawn_by_what_it_logged(figure, tmp_path, metrics, panel):
+    """A reward model logs margin and error, DPO rewards/margin; SFT knows neither."""
+    plots.plot_training(write_log(tmp_path, [{"step": 1, **metrics}]).parent, tmp_path / "x.png")
+    assert titles(figure())[0] == panel and len(figure()) == len([name for name in metrics if not name.startswith(("eval/", "loss"))] or [1])
+
+
 def test_every_metric_stands_in_one_panel_only_and_has_a_definition():
     for spec in (SFT, REWARD, PPO, DPO):
         metrics = [metric for _, _, lines in spec for metric in lines]

@@ -359,6 +359,19 @@ def test_checkpoints_are_pruned_to_the_newest(tmp_path):
     assert (run.folder / "checkpoints" / "step-20" / "weights").read_text() == "20"
 
 
+def test_what_was_just_written_is_not_pruned_for_a_damaged_later_one(tmp_path):
+    """Resumed from step 2 because 4 is damaged, and interrupted at 3: it used to keep 4 alone, and with it nothing to go on from."""
+    run = Run(settings("--out", str(tmp_path / "run"), "--keep-checkpoints", "1"))
+    optimizer = adamw([module()], 0.1)
+    for step in (4, 2):
+        run.checkpoint(step, writer(str(step)), optimizer, {})
+    (run.folder / "checkpoints" / "step-4" / "weights").unlink()
+    run.checkpoint(3, writer("3"), optimizer, {})
+    assert runs.checkpoint.newest(run.folder)[0].name == "step-3"
+    run.checkpoint(4, writer("4"), optimizer, {})
+    assert [path.name for path in runs.checkpoint.step_folders(run.folder)] == ["step-4"]
+
+
 def test_the_best_is_kept_and_misses_are_counted(run):
     """Scores 1, 0.5, 1 (a tie is no gain), 2: best at steps 1 and 4, misses 0, 1, 2, 0."""
     seen = []

@@ -754,6 +754,10 @@ def test_fingerprints_are_of_what_is_said(tmp_path):
     for name in ("README.md", ".DS_Store", ".hidden.json"):  # what comes and goes beside a model
         (tmp_path / "b" / name).touch()
     assert run.fingerprint(tmp_path / "b") == a
+    for name in ("model.safetensors", "pytorch_model.bin", "merges.txt"):
+        (tmp_path / "b" / name).touch()
+        assert run.fingerprint(tmp_path / "b") != a
+        (tmp_path / "b" / name).unlink()
     (tmp_path / "b" / "x.json").rename(tmp_path / "b" / "y\udcff.json")
     assert run.fingerprint(tmp_path / "b") != a
 
@@ -1040,6 +1044,52 @@ def test_a_missing_stage_is_made_with_the_same_data(home, tmp_path, monkeypatch,
         pipeline.ensure("train_reward.py", tmp_path / "reward", config, policy="")
     made = parse(train_reward.Config, train_reward.PRESETS, ran[1][2:])
     assert (made.sandbox, made.sandbox_timeout, made.sandbox_workers) == ("require", 3.0, 2)
+    assert made.config_preset == "fast" and "--epochs=1" not in ran[1] and not {"--resume", "--overwrite"} & {*ran[1]}
+    config = replace(config, gpu=0, device="auto", precision="bf16")
+    config.trial = True
+    (tmp_path / "sft").mkdir()  # begun, and not finished
+    monkeypatch.setattr(pipeline, "call", lambda words: ran.append(words) or -9)  # the kernel's, where memory is out
+    with pytest.raises(SystemExit) as exit:
+        pipeline.ensure("train_sft.py", tmp_path / "sft", config)
+    assert exit.value.code == 1 and "ended by signal 9" in capsys.readouterr().err
+    made = parse(train_sft.Config, train_sft.PRESETS, ran[2][2:])
+    assert (made.gpu, made.device, made.precision, made.epochs, made.resume, made.overwrite) == (0, "auto", "bf16", 1, True, True)
+
+
+def test_a_run_is_found_from_its_models(tmp_path):
+    out = tmp_path / "ppo"
+    for name in ("final", "best", "checkpoints/step-10", "other"):
+        (out / name).mkdir(parents=True)
+    assert pipeline.run_of(out / "final") is None
+    (out / "config.toml").touch()
+    assert [pipeline.run_of(out / name) for name in ("", "final", "best", "checkpoints/step-10", "other")] == [out] * 4 + [None]
+
+
+def test_a_policy_of_another_split_is_refused(tmp_path):
+    """On the same data other test rows are rows that it was trained on; on other data splits say nothing. Its template must be the same."""
+    (tmp_path / "sft" / "final").mkdir(parents=True)
+    (tmp_path / "sft" / "config.toml").write_text(f'data = "{tmp_path}/d"\ntemplate = "Q {{prompt}}\\n"\nvalidation = 0.1\ntest = 0.1\nsplit_seed = 0\n')
+
+    def check(*words):
+        config = parse(train_ppo.Config, train_ppo.PRESETS, ["--template", "Q {prompt}\n", "--data", f"{tmp_path}/x/../d", *words])
+        pipeline.check_policy(tmp_path / "sft" / "final", config)
+    check()
+    for words in (["--split-seed", "1"], ["--test", "0.2"], ["--validation", "0.2"]):
+        with pytest.raises(InputError, match="was made with " + words[0][2:].replace("-", "_")):
+            check(*words)
+        check(*words, "--allow-overlap")
+        check(*words, "--data", "other")
+    with pytest.raises(InputError, match="was made with template"):
+        check("--template", "{prompt}")
+
+
+def test_an_option_that_was_unset_by_hand_is_unset(tmp_path):
+    """--min-probability none is in the file as "none": the stage was refused as one of other data."""
+    (tmp_path / "config.toml").write_text('min_probability = "none"\n')
+    pipeline.check_same(tmp_path, {"min_probability": None, "max_rows": None})
+    for value in (0.5, 0.0):
+        with pytest.raises(InputError, match=f"was made with min_probability = None, this run asks for {value}"):
+            pipeline.check_same(tmp_path, {"min_probability": value})
 
 
 @pytest.mark.parametrize("change",
