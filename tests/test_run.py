@@ -1,4 +1,5 @@
 """Runs: exit codes, the run folder, whole-or-nothing saves, checkpoints, device, learning rate, optimiser step."""
+import errno
 import json
 import math
 import os
@@ -327,14 +328,15 @@ def test_save_replaces_whole_folders(run):
     assert sorted(p.name for p in run.folder.iterdir()) == ["best", "config.toml"]
 
 
-def test_a_full_disk_leaves_the_old_folder(run):
-    """ENOSPC half-way: best/ is still the old one, nothing half-written stays, the message says what to do."""
+@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota exceeded")])
+def test_a_full_disk_leaves_the_old_folder(run, number, words):
+    """The disk, or the user's share of it, is full half-way: best/ is still the old one, nothing half-written stays, the message says what to do."""
     run.save("best", writer("old"))
 
     def disk_full(folder):
         writer("half")(folder)
-        raise OSError(28, "No space left on device")
-    with pytest.raises(RunFailed, match="best was not written: No space left on device; free some space.*no checkpoint yet"):
+        raise OSError(number, words)
+    with pytest.raises(RunFailed, match=f"best was not written: {words}; free some space.*no checkpoint yet"):
         run.save("best", disk_full)
     assert contents(run.folder) == {"config.toml": (run.folder / "config.toml").read_bytes(), "best/weights": b"old"}
     run.save("best", writer("new"))
