@@ -155,6 +155,9 @@ def test_an_optimiser_of_another_model_is_refused():
     wrong = {name: tensor[..., :1] if tensor.dim() else tensor for name, tensor in optimizer_tensors(optimizer).items()}
     with pytest.raises(InputError, match="another model"):
         load_optimizer(trained(steps=0)[1], wrong, "x")
+    fewer = {name: tensor for name, tensor in optimizer_tensors(optimizer).items() if not name.startswith("optimizer/5/")}
+    with pytest.raises(InputError, match="5 optimiser states do not fit 6 parameters"):
+        load_optimizer(trained(steps=0)[1], fewer, "x")
 
 
 def draws():
@@ -474,9 +477,13 @@ def test_status_by_hand(tmp_path, monkeypatch):
     (tmp_path / "results.json").touch()
     lines, code = status.status(tmp_path)
     assert code == 0 and lines[1] == "step 4 of 10 (40%) after 0:01:00, and ended there: by --patience or --on-alarm stop"
+    (tmp_path / "progress.json").write_text('{"total_steps": 4}')
+    assert status.status(tmp_path)[0][1] == "step 4 of 4 (100%) after 0:01:00"
     assert status.main([]) == status.main(["a", "b"]) == status.main(["--all"]) == 2 and status.main(["--help"]) == 0
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "config.toml").touch()
     with pytest.raises(InputError, match="name a run folder"):
-        status.status(tmp_path / "other")  # beside a run that no process holds
+        status.status(tmp_path / "other")  # no process holds the run beside it
 
 
 def test_status_of_a_finished_a_running_and_a_stopped_run(home, tmp_path, capsys):

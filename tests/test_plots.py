@@ -161,17 +161,19 @@ def test_a_legend_names_only_what_was_logged(figure, tmp_path):
 
 
 def test_shares_are_not_drawn_beyond_zero_and_one(figure, tmp_path):
-    panels([{"step": step, "eval/eos": 1.0} for step in (1, 2)], SFT, tmp_path / "x.png", "SFT")
-    assert figure()[0].get_ylim()[1] <= 1.03
+    for values, side in (((1.0, 0.5), 1), ((0.5, 0.0), 0)):
+        panels([{"step": step, "eval/eos": value} for step, value in enumerate(values)], SFT, tmp_path / "x.png", "SFT")
+        assert figure()[0].get_ylim()[side] == (-0.03, 1.03)[side]
 
 
 def test_the_best_step_comes_from_the_results_of_the_run(figure, tmp_path):
     write_log(tmp_path, synthetic(SFT))
     plot_sft(tmp_path)
     assert not any(line.is_dashed() for line in figure()[0].get_lines())  # killed before it had results
-    (tmp_path / "results.json").write_text('{"best_step": 20}')
-    plot_sft(tmp_path)
-    assert list(figure()[0].get_lines()[-1].get_xdata()) == [20, 20]
+    for best in (20, 0):  # 0: the policy before its first step was the best
+        (tmp_path / "results.json").write_text(json.dumps({"best_step": best}))
+        plot_sft(tmp_path)
+        assert list(figure()[0].get_lines()[-1].get_xdata()) == [best, best]
 
 
 def test_non_finite_values_and_a_single_row_are_drawn(tmp_path):
