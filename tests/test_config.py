@@ -399,6 +399,13 @@ def test_replace_checks_and_keeps_sources():
         replace(config, lrr=1)
 
 
+def test_a_replaced_copy_knows_its_preset():
+    """A run saves such a copy: its file names the preset, and what the preset set was not asked for."""
+    config = replace(replace(run("--preset", "fast"), seed=1), gpu=0)
+    assert config.config_preset == "fast" and 'preset = "fast"' in to_toml(config)
+    assert asked(config, "lr", "batch_size", "early_stop", "seed", "gpu") == "--seed, --gpu"
+
+
 def test_differences_tell_value_source_and_default():
     assert differences(run()) == []
     assert differences(run("--preset", "fast", "--seed", "7", "--gpu", "1")) == [
