@@ -87,7 +87,7 @@ def check_same(folder, wanted):
     from nanorlhf.run import read_config  # imports torch, which --help does without
     theirs = {name: None if value == "none" else value for name, value in read_config(folder).items()}
     for name, value in wanted.items():
-        if (name in theirs or value is not None) and theirs.get(name) != value:  # an unset option is not in the file
+        if theirs.get(name) != value:  # an unset option is not in the file
             raise InputError(f"{folder} was made with {name} = {theirs.get(name)!r}, this run asks for {value!r}: ask for the same, "
                              "or name another folder; stages are made beside --out, unless --policy and --reward name them")
 

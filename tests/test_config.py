@@ -96,6 +96,7 @@ def test_a_preset_on_the_command_line_replaces_the_one_in_the_file(tmp_path):
 
 def test_a_preset_that_the_file_overrides_wholly_is_refused(tmp_path):
     path = toml(tmp_path, "gpu = 2\n")
+    assert run("--preset", "research", "--config", path).config_preset == "research", "one that is the defaults has nothing to lose"
     assert fails("--preset", "gpu", "--config", path) == \
         f"--preset gpu changes nothing: {path} sets all its options; leave out one of them"
 

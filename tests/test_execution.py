@@ -69,8 +69,8 @@ def test_what_fails_its_first_check_is_spared_the_others():
 def test_what_has_no_checks_is_none_and_stays_out(box):
     assert run_checks(box, ["1", "sum(xs)", "2"], [None, CHECKS, []]) == [None, 1.0, None]
     assert execution_accuracy([None, 1.0, 0.5]) == 0.5 and execution_accuracy([None]) is None
-    assert passes_checks(box, ["1", "sum(xs)", "2", "3", "xs[0]", "sum("], [None, CHECKS, [], CHECKS, CHECKS[:1], CHECKS]) == \
-        [None, True, None, False, False, False]
+    assert passes_checks(box, ["1", "sum(xs)", "2", "3", "xs[0]", "sum(", "3"], [None, CHECKS, [], CHECKS, CHECKS[:1], CHECKS, CHECKS[:1]]) == \
+        [None, True, None, False, False, False, True]
     rows = add_execution([{"response": "1"}, {"response": "xs[0]"}], [Record("p"), Record("q", checks=CHECKS)], box)
     assert [row["execution"] for row in rows] == [None, 0.0]
     assert add_execution([{"response": "1"}], [Record("p", checks=CHECKS)], None) == [{"response": "1", "execution": None}]

@@ -23,7 +23,7 @@ from torch import nn
 
 from nanorlhf import evaluation, ops, pipeline, plots, run
 from nanorlhf.advantages import gae, shape_rewards
-from nanorlhf.config import options, parse, replace
+from nanorlhf.config import options, parse, replace, save
 from nanorlhf.data import Record, Splits
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
@@ -1017,8 +1017,10 @@ def test_a_trial_uses_stages_made_on_a_few_rows(home, tmp_path, capsys):
     """A dry run takes fewer rows than any stage was made on; it used to refuse stages made with --max-rows, whatever was asked for."""
     shutil.copytree(home / "runs" / "sft", tmp_path / "sft")
     path = tmp_path / "sft" / "config.toml"
-    path.write_text(path.read_text().replace("max_rows = 0", "max_rows = 40"))
     config = settings(train_ppo, "--data", str(home / "data.jsonl"), *TEXT, "--max-rows", "8")
+    pipeline.ensure("train_sft.py", tmp_path / "sft", config)  # made on all rows, of which ours are the first
+    assert "finished already, reused" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("max_rows = 0", "max_rows = 40"))
     with pytest.raises(InputError, match="max_rows = 40, this run asks for 8"):
         pipeline.ensure("train_sft.py", tmp_path / "sft", config)
     config.trial = True
@@ -1054,6 +1056,21 @@ def test_a_missing_stage_is_made_with_the_same_data(home, tmp_path, monkeypatch,
     assert exit.value.code == 1 and "ended by signal 9" in capsys.readouterr().err
     made = parse(train_sft.Config, train_sft.PRESETS, ran[2][2:])
     assert (made.gpu, made.device, made.precision, made.epochs, made.resume, made.overwrite) == (0, "auto", "bf16", 1, True, True)
+
+
+def test_a_reward_model_of_another_policys_samples_is_refused(tmp_path):
+    """Without --policy a stage has the sft/ beside it, which may also be named."""
+    folder = tmp_path / "reward"
+    folder.mkdir()
+    (folder / "results.json").touch()
+    for theirs, ours, fits in (("", "", True), ("", tmp_path / "sft", True), ("other", "other", True), ("other", "", False),
+                               ("other", tmp_path / "sft", False), ("", "other", False)):
+        save(settings(train_reward, "--data", "d", f"--policy={theirs}"), folder / "config.toml")
+        if fits:
+            pipeline.ensure("train_reward.py", folder, settings(train_ppo, "--data", "d"), policy=str(ours))
+        else:
+            with pytest.raises(InputError, match="was made with policy = "):
+                pipeline.ensure("train_reward.py", folder, settings(train_ppo, "--data", "d"), policy=str(ours))
 
 
 def test_a_run_is_found_from_its_models(tmp_path):
