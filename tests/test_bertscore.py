@@ -327,6 +327,15 @@ def test_evaluate_names_its_encoder(minilm):
     assert "notes" not in without
 
 
+def test_evaluate_hands_every_option_on(monkeypatch):
+    from nanorlhf import metrics
+    given = []
+    monkeypatch.setattr(metrics, "bert_score", lambda *what: given.append(what) or (torch.ones(1),) * 3)
+    monkeypatch.setattr(metrics, "_encoder_note", lambda *what: "")
+    evaluate(["a"], ["b"], ["bertscore"], encoder="encoder", tokenizer="tokenizer", layer=3, idf=True, baseline=0.2)
+    assert given == [(["a"], [["b"]], "encoder", "tokenizer", 3, True, 0.2)]
+
+
 def test_the_package_is_not_imported():
     """The library must not need its oracle: importing nanorlhf.metrics brings no bert_score."""
     code = "import sys, nanorlhf.metrics; print({'bert_score', 'codebleu', 'nltk', 'zss', 'apted'} & set(sys.modules))"
