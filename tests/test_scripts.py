@@ -1013,6 +1013,16 @@ def test_the_report_of_several_seeds(preset, tmp_path, monkeypatch):
 
 
 
+def test_a_job_goes_on_with_what_is_unfinished_and_ends_where_a_stage_fails(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(pipeline, "call", lambda words: ran.append(words) or (3 if len(ran) == 2 else 0))
+    (tmp_path / "ppo").mkdir()
+    with pytest.raises(SystemExit) as exit:
+        pipeline.job(tmp_path, 0, "fast", "nano")
+    assert exit.value.code == 3 and len(ran) == 2 and [path.name for path in tmp_path.glob("*.seconds")] == ["ppo.seconds"]
+    assert ran[0][-2:] == ["--resume", "--overwrite"] and "--resume" not in ran[1]
+
+
 def test_a_trial_uses_stages_made_on_a_few_rows(home, tmp_path, capsys):
     """A dry run takes fewer rows than any stage was made on; it used to refuse stages made with --max-rows, whatever was asked for."""
     shutil.copytree(home / "runs" / "sft", tmp_path / "sft")
