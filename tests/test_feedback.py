@@ -623,16 +623,16 @@ def test_pairs_ranked_by_a_function(home, monkeypatch):
 
 def test_what_cannot_be_scored_is_not_ranked(home, monkeypatch, capsys):
     """A sum says NaN where it cannot score an answer, and NaN is neither more nor less than anything; of a lone function it is a fault."""
-    Path("holes_zq.py").write_text("def f(prompts, responses, references):\n"
+    Path("unranked_zq.py").write_text("def f(prompts, responses, references):\n"
                                    "    return [float('nan') if r.startswith('?') else len(r) for r in responses]\n")
     answers_of(monkeypatch, "?", "{0} + {0}", "?" * 40, "{1}", "??")
-    assert launch(RANKED + "prompts.jsonl --rank 1*holes_zq:f", "a.jsonl") == 0
+    assert launch(RANKED + "prompts.jsonl --rank 1*unranked_zq:f", "a.jsonl") == 0
     rows = rows_of("a.jsonl")
     assert len(rows) == 32 and all(" + " in row["chosen"] and row["rejected"].isdigit() for row in rows)
     answers_of(monkeypatch, "?", "{1}")
-    assert launch(RANKED + "prompts.jsonl --rank 1*holes_zq:f", "b.jsonl") == 2 and "of 32 that cannot be ranked" in capsys.readouterr().err
-    assert launch(RANKED + "prompts.jsonl --rank holes_zq:f", "b.jsonl") == 1
-    assert "--rank holes_zq:f: the reward is not finite for" in capsys.readouterr().err and not Path("b.jsonl").exists()
+    assert launch(RANKED + "prompts.jsonl --rank 1*unranked_zq:f", "b.jsonl") == 2 and "of 32 that cannot be ranked" in capsys.readouterr().err
+    assert launch(RANKED + "prompts.jsonl --rank unranked_zq:f", "b.jsonl") == 1
+    assert "--rank unranked_zq:f: the reward is not finite for" in capsys.readouterr().err and not Path("b.jsonl").exists()
 
 
 @linux
