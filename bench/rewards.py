@@ -4,8 +4,8 @@
                 is one); PPO on the first, on the mean, the minimum and the mean minus the standard deviation of the three
     sum         PPO on 0.7 times the first plus 0.3 times execution, the share of a row's checks that pass
     logits      answers of the SFT policy are rated by people who err: whoever sees an answer that passes its checks means 5, else 1, but
-                for an error of mean 0 and standard deviation 2; their logits are of the ratings 1 to 5, peaked where they mean, and the rating
-                is the likeliest. A reward model is trained on ratings with logits that are never, sometimes or always dropped, and
+                for an error of mean 0 and standard deviation 2; their logits are of the ratings 1 to 5, peaked where they mean, and the
+                rating is the likeliest. A reward model is trained on ratings with logits that are never, sometimes or always dropped, and
                 tells passing test answers from failing ones, with and without logits.
 
 Everything is made by the scripts, from the command lines that are printed; finished stages are reused.
@@ -15,7 +15,6 @@ Everything is made by the scripts, from the command lines that are printed; fini
 import json
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from nanorlhf.evaluation import answer, compare
 from nanorlhf.feedback import write_pairs
 from nanorlhf.gpt2 import GPT2
 from nanorlhf.metrics.execution import passes_checks
-from nanorlhf.pipeline import mean_over_seeds, read_answers
+from nanorlhf.pipeline import call, mean_over_seeds, read_answers
 from nanorlhf.reward import RewardModel
 from nanorlhf.run import main, read_config
 from nanorlhf.sandbox import Sandbox
@@ -65,10 +64,13 @@ RATED_ROWS, SAMPLES, ERROR = 2000, 2, 2.0
 
 def stage(script, folder, *options):
     """The results of a finished run of a script, which is run, as from the command line, where there is none yet."""
-    if not (folder / "results.json").is_file():
+    if (folder / "results.json").is_file():
+        print(f"{folder}: finished already, reused")
+    else:
         words = [script, f"--out={folder}", *options, *(["--resume", "--overwrite"] if folder.exists() else [])]
         print(f"$ python {shlex.join(words)}", flush=True)
-        subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=True)
+        if code := call([sys.executable, str(ROOT / words[0]), *words[1:]]):
+            raise SystemExit(code if code > 0 else 1)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -99,7 +101,8 @@ def ratings_file(home, seed):
 
 
 def ordered(scores, passed):
-    """The share of pairs of a passing and a failing answer whose scores are in that order, ties counting half (the area under the ROC curve)."""
+    """The share of pairs of a passing and a failing answer whose scores (B,) are in that order, ties counting half: the area under the
+    ROC curve. passed: bool (B,)."""
     gaps = scores[passed][:, None] - scores[~passed]
     return ((gaps > 0).float() + (gaps == 0).float() / 2).mean().item()
 

@@ -335,12 +335,20 @@ class Run:
                 shutil.rmtree(self.folder)
                 self.close()
         if self.claim is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             self.claim = claim(self.folder)
         if resumed is None:
             self._save_config()
         self.started, self.earlier = time.perf_counter(), 0.0
         self.best_score, self.best_step, self.misses = -float("inf"), 0, 0
+
+    def _make_folder(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except PermissionError:  # `main` says which folder forbids it
+            raise
+        except OSError as error:  # a file system that is read-only
+            raise InputError(f"--out {self.config.out}: no folder can be made there: {error.strerror}; name another") from None
 
     def _other_inputs(self):
         """The inputs that are not what they were when the run began; refused, unless --allow-config-change lets them be, or --overwrite

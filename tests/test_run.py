@@ -303,6 +303,21 @@ def test_a_finished_run_is_not_gone_on_with_under_other_options(run):
         runs.check_run(settings("--out", str(run.folder), "--resume", "--lr", "0.5", "--allow-config-change"))
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    """On a file system that is mounted to be read alone; it used to end in a traceback. Rights are `main`'s to speak of."""
+    def refuse(number, words):
+        def mkdir(path, **options):
+            raise OSError(number, words, str(path))
+        return mkdir
+    out = str(tmp_path / "new")
+    monkeypatch.setattr(Path, "mkdir", refuse(errno.EROFS, "Read-only file system"))
+    with pytest.raises(InputError, match=f"^--out {out}: no folder can be made there: Read-only file system; name another$"):
+        Run(settings("--out", out))
+    monkeypatch.setattr(Path, "mkdir", refuse(errno.EACCES, "Permission denied"))
+    with pytest.raises(PermissionError):
+        Run(settings("--out", out))
+
+
 def test_a_full_disk_stops_the_log_with_advice(run):
     (run.folder / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RunFailed, match="metrics.jsonl was not written: No space left on device; free some space"):
