@@ -206,14 +206,16 @@ def minibatch_loss(actor, batch, advantages, returns, tokens, config, ops=TORCH)
     mask = batch.response_mask  # (B, R)
     with autocast(mask.device, config.precision):
         hidden, new_values = hidden_states(actor, batch.query_response, batch.attention_mask, mask.shape[1])
-        policy_loss, found = ops.ppo_loss(
+        loss, policy_stats = ops.ppo_loss(  # less the entropy bonus, and divided by `tokens` already
             actor.policy, hidden, batch.query_response[:, -mask.shape[1]:], batch.logprobs, advantages, mask, config.temperature,
             cliprange=config.cliprange, dual_clip=config.dual_clip, entropy_coef=config.entropy_coef, denominator=tokens)
     value_loss, value_stats = ppo_value_loss(new_values[:, :-1], batch.values, returns, mask, config.cliprange_value)
-    total = found["policy_loss"] + config.vf_coef * value_loss.item() - config.entropy_coef * found["entropy"]
-    return policy_loss + config.vf_coef * value_loss * (mask.sum() / tokens), {
-        "loss/total": total, "loss/policy": found.pop("policy_loss"), "loss/value": value_loss.item(),
-        **{f"policy/{name}": value for name, value in found.items()}, **{f"value/{name}": value for name, value in value_stats.items()}}
+    loss = loss + config.vf_coef * value_loss * (mask.sum() / tokens)
+    policy, value = policy_stats.pop("policy_loss"), value_loss.item()
+    total = policy + config.vf_coef * value - config.entropy_coef * policy_stats["entropy"]
+    return loss, {"loss/total": total, "loss/policy": policy, "loss/value": value,
+                  **{f"policy/{name}": number for name, number in policy_stats.items()},
+                  **{f"value/{name}": number for name, number in value_stats.items()}}
 
 
 def explained_variance(values, returns, mask):

@@ -120,15 +120,16 @@ def ppo_loss(new_logprobs, entropy, logprobs, advantages, mask, cliprange=0.2, d
     """
     if kl_coef and ref_logprobs is None:
         raise ValueError("kl_coef needs ref_logprobs")
-    policy_loss, stats = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, cliprange, dual_clip)
-    loss, found = policy_loss, {"policy_loss": policy_loss.item(), **stats}
+    loss, stats = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, cliprange, dual_clip)
+    stats = {"policy_loss": loss.item(), **stats, "entropy": masked_mean(entropy.detach(), mask).item()}
     if entropy_coef:
         loss = loss - entropy_coef * masked_mean(entropy, mask)
-    found["entropy"] = masked_mean(entropy.detach(), mask).item()
     if ref_logprobs is not None:
         kl = masked_mean(kl_estimate(new_logprobs, ref_logprobs, kl_estimator), mask)
-        loss, found["kl"] = loss + kl_coef * kl, kl.item()
-    return loss if denominator is None else loss * (mask.sum().to(loss.dtype) / denominator), found
+        loss, stats["kl"] = loss + kl_coef * kl, kl.item()
+    if denominator is not None:
+        loss = loss * (mask.sum().to(loss.dtype) / denominator)
+    return loss, stats
 
 
 def fused_ppo_loss(logits, targets, logprobs, advantages, mask, temperature=1.0, **options):
