@@ -154,6 +154,17 @@ def prompt_rows(step, count, batch_size, seed):
     return rows[first % count:first % count + batch_size]
 
 
+def score_responses(reward, records, responses, step):
+    """Step 2: the reward's scores (B,), NaN where a sum of terms cannot score a row. RunFailed if it can score none."""
+    learn = getattr(reward, "learn", reward)  # a sum of normalised terms first counts these responses in
+    scores = call_reward(learn, [r.prompt for r in records], responses, [r.reference for r in records])
+    check_finite(scores, records, f"step {step}", left_out=getattr(reward, "leaves_out", False))
+    if scores.isnan().all():
+        failed = ", ".join(name for name, values in term_values(reward).items() if values.isnan().any())
+        raise RunFailed(f"step {step}: the reward is NaN for all {len(scores)} responses; terms that failed: {failed}")
+    return scores
+
+
 def final_scores(scores, ended, config):
     """Scores (B,), clipped, then with the penalty for responses that were cut before EOS."""
     if config.score_clip is not None:
@@ -227,7 +238,7 @@ def rollout_numbers(batch):
     """What the log says of all responses of a step, also of those that cannot be scored."""
     kl, k3 = ((kl_estimate(batch.logprobs, batch.ref_logprobs, kind) * batch.response_mask).sum(1).mean().item() for kind in ("k1", "k3"))
     return {"objective/kl": kl, "objective/kl_k3": k3, "response/length": batch.lengths.float().mean().item(),
-            "response/eos": batch.ended.float().mean().item()}
+            "response/eos": batch.ended.float().mean().item(), "response/distinct": distinct_n(batch.responses)}
 
 
 def reward_numbers(reward):
@@ -305,11 +316,10 @@ def train(config):
         controller.value = resumed["kl_coef"]
     if step and config.normalise_terms:
         reward.restore(resumed.get("reward", {}))
-    gold_rows = splits.validation[:config.eval_rows]
-    monitor, alarms = Monitor(sum(box is not None and bool(r.checks) for r in gold_rows) or len(gold_rows), config.kl_target,
-                              repeat=config.on_alarm == "raise-kl"), []
-    if step:
-        alarms += monitor.replay(read_log(run.folder / "metrics.jsonl"))
+    eval_records = splits.validation[:config.eval_rows]
+    checked = [row for row in eval_records if row.checks] if box else []  # where gold is execution, it is the mean of these
+    monitor = Monitor(len(checked) or len(eval_records), config.kl_target, repeat=config.on_alarm == "raise-kl")
+    alarms = monitor.replay(read_log(run.folder / "metrics.jsonl")) if step else []
 
     def save(folder):
         actor.save_pretrained(folder)
@@ -327,11 +337,10 @@ def train(config):
                 tqdm.write(f"kl_coef raised to {controller.value:.3g}")
 
     def evaluate(step):
-        records = splits.validation[:config.eval_rows]
-        rows = answer(actor.policy, tokenizer, records, config, config.temperature, reference, seed=config.seed, ops=ops)
+        rows = answer(actor.policy, tokenizer, eval_records, config, config.temperature, reference, seed=config.seed, ops=ops)
         if config.normalise_terms and step == 0:
             reward.start(*([row[name] for row in rows] for name in ("prompt", "response", "reference")))
-        numbers = summary(add_execution(add_rewards(rows, reward), records, box))
+        numbers = summary(add_execution(add_rewards(rows, reward), eval_records, box))
         numbers["score"] = mean_score(rows, config)
         log(step, {"temperature": config.temperature, **known(numbers)})
         run.samples(step, rows[:5])
@@ -354,15 +363,10 @@ def train(config):
                                  config.generation_batch_size)
 
             # 2. Score the responses; a row that a sum of terms cannot score is left out of this step.
-            scores = call_reward(getattr(reward, "learn", reward), [r.prompt for r in records], batch.responses,
-                                 [r.reference for r in records]).to(device)
-            check_finite(scores, records, f"step {step}", left_out=getattr(reward, "leaves_out", False))
+            scores = score_responses(reward, records, batch.responses, step).to(device)
             scored = torch.nonzero(~scores.isnan()).flatten()
             left_out = len(scores) - len(scored)
-            if not len(scored):
-                failed = ", ".join(name for name, values in term_values(reward).items() if values.isnan().any())
-                raise RunFailed(f"step {step}: the reward is NaN for all {left_out} responses; terms that failed: {failed}")
-            sampled = {**rollout_numbers(batch), "response/distinct": distinct_n(batch.responses), "response/left_out": left_out}
+            sampled = {**rollout_numbers(batch), "response/left_out": left_out}  # of all rows
             if left_out:
                 batch, scores, records = batch.select(scored), scores[scored], [records[i] for i in scored.tolist()]
             scores = final_scores(scores, batch.ended, config)  # (B,)
