@@ -16,7 +16,7 @@ from nanorlhf.metrics.bootstrap import paired_bootstrap
 from nanorlhf.metrics.execution import passes_checks
 from nanorlhf.ops import TORCH
 from nanorlhf.reward import RewardModel, call_reward, term_values
-from nanorlhf.rollout import decode, generate, score_in_parts
+from nanorlhf.rollout import decode, generate, has_ended, score_in_parts
 from nanorlhf.run import RunFailed, autocast
 from nanorlhf.sandbox import Sandbox
 from nanorlhf.sequences import encode_queries
@@ -51,9 +51,8 @@ def answer(model, tokenizer, records, config, temperature, reference=None, seed=
             responses, response_mask, logprobs = generate(
                 model, ids, mask, config.max_response, temperature, getattr(config, "top_k", 0), getattr(config, "top_p", 1.0),
                 tokenizer.eos_id, generator)
-        lengths = response_mask.sum(1)  # (B,)
-        ended = responses.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eos_id
-        columns = {"response": decode(tokenizer, responses, response_mask), "length": lengths.tolist(), "ended": ended.tolist()}
+        columns = {"response": decode(tokenizer, responses, response_mask), "length": response_mask.sum(1).tolist(),
+                   "ended": has_ended(responses, response_mask, tokenizer.eos_id).tolist()}
         if reference is not None:
             whole, whole_mask = torch.cat([ids, responses], 1), torch.cat([mask.bool(), response_mask], 1)
             with autocast(model.device, config.precision):

@@ -197,8 +197,14 @@ def roll_out(actor, reference, tokenizer, queries, max_new_tokens, temperature=1
     return Rollout(
         query_response, attention_mask, response_mask, logprobs, entropy, ref_logprobs, values[:, :-1],
         last_values=values.gather(1, last[:, None]).squeeze(1),
-        ended=response_ids.gather(1, last[:, None] - 1).squeeze(1) == tokenizer.eos_id,
+        ended=has_ended(response_ids, response_mask, tokenizer.eos_id),
         responses=decode(tokenizer, response_ids, response_mask))
+
+
+def has_ended(response_ids, response_mask, eos_id):
+    """Whether the last sampled token of each response is EOS, also where that is the last column: (B, R) -> (B,) bool."""
+    last = response_mask.sum(1, keepdim=True) - 1  # (B, 1)
+    return response_ids.gather(1, last).squeeze(1) == eos_id
 
 
 def decode(tokenizer, response_ids, response_mask):
