@@ -158,7 +158,7 @@ def score_responses(reward, records, responses, step):
     """Step 2: the reward's scores (B,), NaN where a sum of terms cannot score a row. RunFailed if it can score none."""
     learn = getattr(reward, "learn", reward)  # a sum of normalised terms first counts these responses in
     scores = call_reward(learn, [r.prompt for r in records], responses, [r.reference for r in records])
-    check_finite(scores, records, f"step {step}", left_out=getattr(reward, "leaves_out", False))
+    check_finite(scores, records, f"step {step}", reward)
     if scores.isnan().all():
         failed = ", ".join(name for name, values in term_values(reward).items() if values.isnan().any())
         raise RunFailed(f"step {step}: the reward is NaN for all {len(scores)} responses; terms that failed: {failed}")

@@ -76,7 +76,7 @@ def add_rewards(rows, reward, when="validation"):
     `reward` is any callable (prompts, responses, references) -> (B,) scores.
     """
     scores = call_reward(reward, *([row[name] for row in rows] for name in ("prompt", "response", "reference")))
-    check_finite(scores, rows, when, getattr(reward, "leaves_out", False))
+    check_finite(scores, rows, when, reward)
     columns = {"reward": scores} | {f"reward/{name}": values for name, values in term_values(reward).items()}
     for name, values in columns.items():
         for row, value in zip(rows, values.tolist()):
@@ -122,9 +122,10 @@ def open_sandbox(config, splits, needed=False):
     return box
 
 
-def check_finite(scores, rows, when="validation", left_out=False):
-    """RunFailed, naming the first rows (Records or dicts), if a score (B,) is not finite; with `left_out` NaN may be."""
-    bad = torch.nonzero(~torch.isfinite(scores) & ~(scores.isnan() & left_out)).flatten().tolist()
+def check_finite(scores, rows, when, reward):
+    """RunFailed, naming the first rows (Records or dicts), if a score (B,) is not finite; where `reward` leaves rows out, NaN may be."""
+    leaves_out = getattr(reward, "leaves_out", False)
+    bad = torch.nonzero(scores.isinf() if leaves_out else ~scores.isfinite()).flatten().tolist()
     if bad:
         names = [str(row["id"] if isinstance(row, dict) else row.id) for row in (rows[i] for i in bad[:5])]
         raise RunFailed(f"{when}: the reward is not finite for {len(bad)} of {len(rows)} responses: rows {', '.join(names)}")

@@ -268,7 +268,7 @@ def ranking(config, records, device, box):
 
     def scores(codes, rows):
         found = call_reward(reward, [record.prompt for record in rows], codes, [record.reference for record in rows])
-        check_finite(found, rows, f"--rank {config.rank}", left_out=getattr(reward, "leaves_out", False))
+        check_finite(found, rows, f"--rank {config.rank}", reward)
         return [None if math.isnan(score) else score for score in found.tolist()]
     return scores
 
