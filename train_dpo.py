@@ -89,6 +89,34 @@ from nanorlhf.terms import ExecutionReward, load_reward, needs_execution, reward
 from nanorlhf.tokenizer import Tokenizer
 
 
+def make_stages(config, splits, device, execution):
+    """(the folder of the SFT policy, training pairs, validation pairs, the reward or None, its names); a stage that is missing is made first.
+
+    Pairs are the data's own or, where that has references only, those that the reward stage made; its model is then the reward
+    unless --reward names another. execution: the reward of the term of that name, or None.
+    """
+    beside, first, reward_names = Path(config.out).parent, splits.train[0], config.reward
+    reward = load_reward(reward_names, "mean", device, execution) if reward_names else None  # a bad one is found before any training
+    if first.chosen is None and first.reference is None:
+        raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from; "
+                         "give one of them")
+    if first.chosen is not None and reward is None and (idle := asked(config, "temperature", "eval_rows")):
+        raise InputError(f"{idle}: for answers that a reward scores, but --data {config.data} brings its own pairs and there is no "
+                         "--reward: leave out, or give one")
+    if config.policy:
+        pipeline.check_policy(config.policy, config)
+    else:
+        pipeline.ensure("train_sft.py", beside / "sft", config, model=config.model)
+    pairs = [splits.train, splits.validation]
+    if first.chosen is None:
+        pipeline.ensure("train_reward.py", beside / "reward", config, policy=config.policy)
+        pairs = [read(beside / "reward" / name, "preference") for name in PAIR_FILES]
+        if reward is None:
+            reward_names = [str(beside / "reward")]
+            reward = load_reward(reward_names, "mean", device)
+    return config.policy or str(beside / "sft"), *pairs, reward, reward_names
+
+
 def encode(tokenizer, pairs, config):
     """[(query, chosen, rejected)] as id lists. Cutting never takes a response's start; what is cut is counted."""
     queries, cut_queries = encode_queries(tokenizer, [pair.prompt for pair in pairs], config.template, config.max_query)
@@ -154,41 +182,24 @@ def validate(model, tokenizer, pairs, ref_logps, config, ops=TORCH):
 def train(config):
     checkpoint = check_run(config)
     device = pick_device(config.gpu, config.device)
-    sft, reward_folder = Path(config.out).parent / "sft", Path(config.out).parent / "reward"
     ops = choose(config.kernels, device, config.low_memory)
     splits, leakage = open_data(config)
     box = open_sandbox(config, splits, needs_execution(config.reward))
     execution = box and ExecutionReward(box, sum(splits.named().values(), []))
-    reward = load_reward(config.reward, "mean", device, execution) if config.reward else None  # a bad one is found before any training
-    if splits.train[0].chosen is None and splits.train[0].reference is None:
-        raise InputError(f"--data {config.data}: {splits.kind} rows carry neither preferences nor references to make them from; "
-                         "give one of them")
-    if splits.train[0].chosen is not None and reward is None and (idle := asked(config, "temperature", "eval_rows")):
-        raise InputError(f"{idle}: for answers that a reward scores, but --data {config.data} brings its own pairs and there is no "
-                         "--reward: leave out, or give one")
-    if config.policy:
-        pipeline.check_policy(config.policy, config)
-    else:
-        pipeline.ensure("train_sft.py", sft, config, model=config.model)
-    train_pairs, held_out = splits.train, splits.validation
-    if splits.train[0].chosen is None:
-        pipeline.ensure("train_reward.py", reward_folder, config, policy=config.policy)
-        train_pairs, held_out = (read(reward_folder / name, "preference") for name in PAIR_FILES)
-        reward = reward or load_reward([str(reward_folder)], "mean", device)
+    folder, train_pairs, validation_pairs, reward, reward_names = make_stages(config, splits, device, execution)
     seed_everything(config.seed)
-    folder = config.policy or str(sft)
     tokenizer = Tokenizer.from_pretrained(folder)
     policy, reference = GPT2.from_pretrained(checkpoint or folder).to(device), GPT2.from_pretrained(folder).to(device)
     tokenizer.check_fits(policy.config.vocab_size, folder)
     policy.check_length(config.max_query + config.max_response)
-    encoded, held_out = encode(tokenizer, train_pairs, config), encode(tokenizer, held_out, config)
+    encoded, held_out = encode(tokenizer, train_pairs, config), encode(tokenizer, validation_pairs, config)
     print(f"data: {splits.source}; {len(encoded)} training and {len(held_out)} validation pairs\n"
-          f"policy and reference: {folder}; evaluated by: {'validation pairs only' if reward is None else ', '.join(config.reward) or reward_folder}")
+          f"policy and reference: {folder}; evaluated by: {', '.join(reward_names) or 'validation pairs only'}")
 
     ref_logps = reference_logps(reference, tokenizer, encoded, config, ops)  # (N, 2)
     held_out_ref_logps = reference_logps(reference, tokenizer, held_out, config, ops)
     run = Run(config, checkpoint, {"data set": splits.train + splits.validation, "set of pairs": encoded + held_out, "policy": hf.resolve(folder)}
-              | reward_folders(config.reward or ([] if reward is None else [str(reward_folder)])))
+              | reward_folders(reward_names))
     total_steps = config.epochs * -(-len(encoded) // config.batch_size)
     warmup_steps = int(config.warmup * total_steps)
     lr = learning_rate(config.lr, policy, policy.config.n_embd, 6e-5, 1e-6)

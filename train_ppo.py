@@ -252,21 +252,22 @@ def reward_numbers(reward):
 
 
 def make_stages(config, device, execution):
-    """(the folder of the SFT policy, the reward, the reward's name); a stage that is missing is made first.
+    """(the folder of the SFT policy, the reward, its names); a stage that is missing is made first.
 
     execution: the reward of the term of that name, or None.
     """
-    beside = Path(config.out).parent
+    beside, reward_names = Path(config.out).parent, config.reward
     form = {"device": device, "execution": execution, "clip": config.term_clip, "normalise": config.normalise_terms}
-    reward = load_reward(config.reward, config.combine, **form) if config.reward else None  # a bad one is found before any training
+    reward = load_reward(reward_names, config.combine, **form) if reward_names else None  # a bad one is found before any training
     if config.policy:
         pipeline.check_policy(config.policy, config)
     else:
         pipeline.ensure("train_sft.py", beside / "sft", config, model=config.model)
     if reward is None:
         pipeline.ensure("train_reward.py", beside / "reward", config, policy=config.policy)
-        reward = load_reward([str(beside / "reward")], config.combine, **form)
-    return config.policy or str(beside / "sft"), reward, ", ".join(config.reward) or str(beside / "reward")
+        reward_names = [str(beside / "reward")]
+        reward = load_reward(reward_names, config.combine, **form)
+    return config.policy or str(beside / "sft"), reward, reward_names
 
 
 def check_reward(reward, name, splits, config):
@@ -293,7 +294,9 @@ def train(config):
     ops = choose(config.kernels, device, config.low_memory)
     splits, leakage = open_data(config)
     box = open_sandbox(config, splits, needs_execution(config.reward))
-    folder, reward, reward_name = make_stages(config, device, box and ExecutionReward(box, sum(splits.named().values(), [])))
+    execution = box and ExecutionReward(box, sum(splits.named().values(), []))
+    folder, reward, reward_names = make_stages(config, device, execution)
+    reward_name = ", ".join(reward_names)
     seed_everything(config.seed)
     tokenizer = Tokenizer.from_pretrained(folder)
     reference = GPT2.from_pretrained(folder).to(device).requires_grad_(False)
@@ -306,7 +309,7 @@ def train(config):
           + f"\npolicy and reference: {folder}; reward: {reward_name}")
 
     run = Run(config, checkpoint, {"data set": splits.train + splits.validation, "policy": hf.resolve(folder)}
-              | reward_folders(config.reward or [reward_name]))
+              | reward_folders(reward_names))
     lr = learning_rate(config.lr, actor, reference.config.n_embd, 3e-4, 1e-5)
     optimizer = adamw([actor], lr, eps=1e-5)
     controller = FixedKLController(config.kl_coef) if config.kl_target is None else \
