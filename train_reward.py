@@ -86,9 +86,16 @@ from nanorlhf.tokenizer import Tokenizer
 
 
 def load_policy(config, device):
-    """The SFT policy and its tokenizer, or (None, None) where there is none and none was asked for."""
+    """The SFT policy and its tokenizer, or (None, None) where there is none and nothing asked for needs one."""
     folder = config.policy or str(Path(config.out).parent / "sft")
     if not config.policy and not Path(folder).exists():
+        if idle := asked(config, "temperature", "generation_batch_size"):
+            raise InputError(f"{idle}: for the samples of an SFT policy, and there is none here: leave out, or name one with --policy")
+        if idle := asked(config, "max_query", "max_response"):
+            print(f"{idle}: of no effect, since they bound an SFT policy's samples and there is none; the reward model reads what its "
+                  "positions hold")
+        if not config.model:
+            raise InputError(f"--model is empty and there is no {folder} to start from: run train_sft.py first, or name a backbone with --model")
         return None, None
     check_policy(folder, config)
     policy = GPT2.from_pretrained(folder).to(device)
@@ -248,13 +255,6 @@ def train(config):
     seed_everything(config.seed)
     splits, leakage = open_data(config)
     policy, tokenizer = load_policy(config, device)
-    if policy is None and (idle := asked(config, "temperature", "generation_batch_size")):
-        raise InputError(f"{idle}: for the samples of an SFT policy, and there is none here: leave out, or name one with --policy")
-    if policy is None and (idle := asked(config, "max_query", "max_response")):
-        print(f"{idle}: of no effect, since they bound an SFT policy's samples and there is none; the reward model reads what its positions hold")
-    if not config.model and policy is None:
-        raise InputError(f"--model is empty and there is no {Path(config.out).parent / 'sft'} to start from: run train_sft.py first, "
-                         "or name a backbone with --model")
     train_rows, held_out = examples(splits, policy, tokenizer, config, checkpoint)
     if not train_rows or not held_out:
         raise InputError("there are no training or no validation pairs: every sample matches its reference; raise --samples or --mutations")
