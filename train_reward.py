@@ -123,10 +123,11 @@ def examples(splits, policy, tokenizer, config, checkpoint=None):
         with naming(f"--ratings {config.ratings}"):
             check_leakage(Splits(more.train, splits.validation, splits.test, splits.extra), config.allow_overlap)
         prompts = {normalise(r.prompt) for r in splits.train}
-        seen, held_out = ([r for r in more.validation if (normalise(r.prompt) in prompts) is known] for known in (True, False))
+        seen = [r for r in more.validation if normalise(r.prompt) in prompts]
         if seen:
             print(f"ratings: {len(seen)} of {len(more.validation)} held-out rows have a prompt of the training pairs: trained on instead")
-            more.train, more.validation = more.train + seen, held_out
+            more.train = more.train + seen
+            more.validation = [r for r in more.validation if normalise(r.prompt) not in prompts]
         found = [rows + added for rows, added in zip(found, rated(more, config))]
     if asked(config, "human_feedback_dim", "human_feedback_weight", "human_feedback_dropout") and not has_feedback(found[0]):
         raise InputError("--human-feedback-dim, -weight and -dropout are for people's logits, but no rated row has any: leave them out")
