@@ -2,11 +2,10 @@
 
 Greedy by default; with --temperature 1 the policy is sampled, which is what PPO trained. Where rows carry checks (nano), answers are
 run in the sandbox: execution_accuracy is the share that pass all their checks, and with --samples n pass@k the chance that one of k
-samples does. Every answer is written down, so that
-each number can be traced to its rows. Every metric has a bootstrap 95 % interval over prompts; with several models the paired
-difference of each to the first has one too, and a p-value. Findings that speak against an evaluation (overlap of train and test,
-repeated, empty, unparsable or copied answers, values too good to be true, metrics that could not be computed) stand with their
-numbers in the results and below the table.
+samples does. Every answer is written down, so that each number can be traced to its rows. Every metric has a bootstrap 95 %
+interval over prompts; with several models the paired difference of each to the first has one too, and a p-value. Findings that
+speak against an evaluation (overlap of train and test, repeated, empty, unparsable or copied answers, values too good to be true,
+metrics that could not be computed) stand with their numbers in the results and below the table.
 
     python eval.py --model runs/sft runs/ppo runs/dpo
     python eval.py --model runs/ppo --split all --temperature 0.8 --samples 10
@@ -159,7 +158,9 @@ def texts(rows):
 
 def counts(rows):
     """{metric: (rows of counts, score)}: what the intervals and comparisons are drawn from."""
-    found = {name: ([metric.counts(*pair) for pair in zip(*_listed(rows))], metric.score) for name, metric in COUNTED.items()}
+    pairs = list(zip(*texts(rows)))
+    found = {name: ([metric.counts(prediction, [reference]) for prediction, reference in pairs], metric.score)
+             for name, metric in COUNTED.items()}
     rated = [ruby_quality(row["response"], row["execution_accuracy"])["ruby_quality"] for row in rows if row["reference"] is not None]
     found["ruby_quality"] = [[value, 1.0] for value in rated], COUNTED["ruby_quality"].score  # as `score`: execution counts
     for name in of_rows(rows):
@@ -171,16 +172,11 @@ def counts(rows):
 
 def of_rows(rows):
     """The metrics that the rows themselves carry: OF_ROWS, and the terms of a sum and pass@k where they are."""
-    return list(dict.fromkeys([*OF_ROWS, *filter(_of_rows, rows[0] if rows else ())]))
+    return list(dict.fromkeys([*OF_ROWS, *filter(is_of_rows, rows[0] if rows else ())]))
 
 
-def _of_rows(name):
+def is_of_rows(name):
     return name in OF_ROWS or name.startswith(("reward/", "pass@"))
-
-
-def _listed(rows):
-    predictions, references = texts(rows)
-    return predictions, [[reference] for reference in references]
 
 
 def score(rows, counted):
@@ -208,7 +204,7 @@ def differences(first, other):
     found = {}
     for name in first.keys() & other.keys():
         pairs = list(zip(other[name][0], first[name][0]))
-        if _of_rows(name):
+        if is_of_rows(name):
             pairs = [pair for pair in pairs if pair[0][1] and pair[1][1]]
         if pairs:
             found[name] = dict(zip(("difference", "low", "high", "p"), paired_corpus_bootstrap(*zip(*pairs), first[name][1])))
