@@ -193,9 +193,12 @@ class Monitor:
 
     def _begins(self, name, wrong):
         """Whether an alarm begins, which needs REST looks without it before; or is repeated."""
-        looks, self.held[name] = self.silent.get(name, REST), self.held.get(name, 0) + bool(wrong)
+        looks = self.silent.get(name, REST)
         self.silent[name] = 0 if wrong else looks + 1
-        given = bool(wrong) and (looks >= REST or self.repeat and self.held[name] > REST)
+        if not wrong:
+            return False
+        self.held[name] = self.held.get(name, 0) + 1
+        given = looks >= REST or self.repeat and self.held[name] > REST
         if given:
             self.held[name] = 1
         return given
