@@ -222,11 +222,11 @@ def rating_rows(config, records, device, box):
 
     source = _source(config, rater=config.rater, policy=config.policy or None,
                      temperature=config.temperature if config.policy else None)
-    rows = [_row(f"{name}-{i}" if config.policy else name, record, source, response=response, **numbers,
-                 comment=comment(response, record, passed[response]))
-            for name, record, rated, passed in zip(row_names(records), records, each(ratings, answers, records),
-                                                   each(shares, answers, records))
-            for i, (response, numbers) in enumerate(rated.items())]
+    rows, rated, passed = [], each(ratings, answers, records), each(shares, answers, records)  # {response: ...} for each record
+    for name, record, numbers, share in zip(row_names(records), records, rated, passed):
+        for i, response in enumerate(numbers):
+            rows.append(_row(f"{name}-{i}" if config.policy else name, record, source, response=response, **numbers[response],
+                             comment=comment(response, record, share[response])))
     mean, mass = (sum(row[column] for row in rows) / len(rows) for column in ("rating", "mass"))
     spread = (sum((row["rating"] - mean) ** 2 for row in rows) / len(rows)) ** 0.5
     doubt = "; it was not about to answer with a digit: do not trust these ratings" if mass < 0.1 else ""
