@@ -189,7 +189,7 @@ def update(actor, optimizer, batch, advantages, returns, config, step, ids=(), o
     sums, taken, generator = {}, 0, stream(config.seed, "minibatches", step)
     for _ in range(config.ppo_epochs):
         order, epoch_kl = torch.randperm(len(advantages), generator=generator), []
-        for minibatch in order.tensor_split(-(-len(order) // config.minibatch_size)):  # of one size, whatever was left out
+        for minibatch in order.tensor_split(-(-len(order) // config.minibatch_size)):  # alike in size, also where rows were left out
             tokens = batch.response_mask[minibatch].sum()  # the optimiser step's denominator, whatever the micro-batches
             by_length = batch.attention_mask[minibatch].sum(1).argsort().cpu()  # rows of like length waste little on padding
             stats = {}
@@ -201,7 +201,9 @@ def update(actor, optimizer, batch, advantages, returns, config, step, ids=(), o
                     stats[name] = stats.get(name, 0.0) + value * share
             stats["grad_norm"] = optimiser_step(optimizer, stats["loss/total"], config.max_grad_norm, step,
                                                 [ids[i] for i in minibatch.tolist()] if ids else ())
-            sums, taken = {name: sums.get(name, 0.0) + value for name, value in stats.items()}, taken + 1
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value
+            taken += 1
             epoch_kl.append(stats["policy/approx_kl"])
         if config.target_kl is not None and sum(epoch_kl) / len(epoch_kl) > config.target_kl:
             break
@@ -341,7 +343,7 @@ def train(config):
 
     def evaluate(step):
         rows = answer(actor.policy, tokenizer, eval_records, config, config.temperature, reference, seed=config.seed, ops=ops)
-        if config.normalise_terms and step == 0:
+        if config.normalise_terms and step == 0:  # the first policy's answers set the scale of all evaluations
             reward.start(*([row[name] for row in rows] for name in ("prompt", "response", "reference")))
         numbers = summary(add_execution(add_rewards(rows, reward), eval_records, box))
         numbers["score"] = mean_score(rows, config)
@@ -353,8 +355,8 @@ def train(config):
     if not step:
         evaluate(0)
     with run, tqdm(total=config.steps, initial=step, desc="PPO", unit="step") as bar:
-        stopped = alarms and config.on_alarm == "stop"  # by an alarm before the interruption
-        for step in run.until_stalled(range(step + 1, 1 + (step if stopped else config.steps)), config.patience):
+        last_step = step if alarms and config.on_alarm == "stop" else config.steps  # an alarm before the interruption had stopped it
+        for step in run.until_stalled(range(step + 1, last_step + 1), config.patience):
             started = time.perf_counter()
             rows = prompt_rows(step, len(queries), config.batch_size, config.seed)
             records = [splits.train[i] for i in rows]
