@@ -401,8 +401,8 @@ class PolicyWithValue(nn.Module):
     def forward(self, input_ids, attention_mask=None, start=0, stop=None):
         """Logits and values at the positions start:stop of (B, T); gradients of both reach the transformer.
 
-        PPO needs position Q - 1, which predicts the first response token, to T - 2: `start=Q - 1, stop=-1`. The logits
-        of the query, the larger part of the memory at V = 50257, are then never made.
+        Position Q - 1 predicts the first response token, T - 2 the last: with `start=Q - 1, stop=-1` the logits of the query, the
+        larger part of the memory at V = 50257, are never made. PPO takes `rollout.hidden_states`, which leaves padding out too.
         Returns: logits (B, stop - start, V), values (B, stop - start) float32.
         """
         hidden = self.policy.hidden(input_ids, attention_mask)[:, start:stop]

@@ -196,4 +196,5 @@ def _triton(low_memory):
                functools.partial(kernels.fused_ppo_loss, inplace=True), kernels.gae)
 
 
-TORCH = Ops("torch", False, logprobs.token_logprobs, linear_token_logprobs, fused_ppo_loss, advantages.gae)  # the definition's scores
+# The default of functions that take `ops`: log-probs by their definition, where the Ops of `choose` has its twin.
+TORCH = Ops("torch", False, logprobs.token_logprobs, linear_token_logprobs, fused_ppo_loss, advantages.gae)
