@@ -17,7 +17,7 @@ training it is dropped at random, for later there will be none.
 from dataclasses import dataclass
 
 from nanorlhf.config import asked, option, parse, replace
-from nanorlhf.options import DataOptions, SandboxOptions, TrainOptions
+from nanorlhf.options import SANDBOX, DataOptions, SandboxOptions, TrainOptions
 
 
 @dataclass
@@ -57,8 +57,6 @@ PRESETS = {
                    "max_query": 128, "max_response": 128, "pair_rows": 0, "samples": 8, "precision": "bf16", "save_steps": 200,
                    "generation_batch_size": 64},
 }
-
-SANDBOX = tuple(SandboxOptions.__dataclass_fields__)
 
 if __name__ == "__main__":
     CONFIG = parse(Config, PRESETS)  # before torch is imported: --help and typing errors answer at once
@@ -198,12 +196,12 @@ def batch_loss(model, rows, config, feedback=True):
     pairs, ratings = [row for row in rows if "chosen" in row], [row for row in rows if "rating" in row]
     prompts = [row["prompt"] for row in pairs * 2 + ratings]
     responses = [row["chosen"] for row in pairs] + [row["rejected"] for row in pairs] + [row["response"] for row in ratings]
-    given = [None] * len(pairs) * 2 + [row.get("feedback") for row in ratings]
+    given = [None] * len(pairs) * 2 + [row.get("feedback") if feedback else None for row in ratings]
     if model.training and has_feedback(ratings):
         given = [None if drop else vector for vector, drop in zip(given, torch.rand(len(given)) < config.human_feedback_dropout)]
     inputs = model.encode(prompts, responses)
     with autocast(model.device, config.precision):
-        scores = model(*(x.to(model.device) for x in inputs), model.vectors(given if feedback else [None] * len(given)))
+        scores = model(*(x.to(model.device) for x in inputs), model.vectors(given))
     chosen, rejected, alone = scores.split([len(pairs), len(pairs), len(ratings)])
     loss, stats = 0.0, {}
     if pairs:

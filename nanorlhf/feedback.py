@@ -18,13 +18,12 @@ from dataclasses import dataclass
 
 from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError, nearest
-from nanorlhf.options import DataOptions, RunOptions, SandboxOptions
+from nanorlhf.options import SANDBOX, DataOptions, RunOptions, SandboxOptions
 
 KINDS = ("ratings", "pairs", "mutations")
 RATING_PROMPT = "Task: {prompt}\nCode: {response}\nFrom 1 (bad) to 5 (good)\nRating:"
 PLACES = re.compile(r"\{prompt\}|\{response\}")
 SAMPLING = ("samples", "temperature", "template", "max_query", "max_response")
-SANDBOX = tuple(SandboxOptions.__dataclass_fields__)
 IDLE = {  # what would do nothing: asked for, it is refused
     "ratings": ("rank", "margin", "with_reference", "mutations"),
     "pairs": ("rater", "rating_prompt", "mutations"),

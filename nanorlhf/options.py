@@ -49,6 +49,9 @@ class SandboxOptions:
     sandbox_timeout: float = option(1.0, "seconds a code may take", at_least=0.01)
 
 
+SANDBOX = tuple(SandboxOptions.__dataclass_fields__)  # their names
+
+
 @dataclass
 class DataOptions:
     """What is trained on, and how a prompt becomes a query."""
@@ -71,13 +74,18 @@ class DataOptions:
             raise InputError(f"--template {self.template!r} has no {{prompt}}; write for example '{{prompt}}\\n'")
 
 
-def data_flags(config):
-    """The data options as command-line words, for a stage that must see the same rows and queries."""
+def flags(values):
+    """{option: value} as command-line words; what is off or unset is left out."""
     words = []
-    for name in DataOptions.__dataclass_fields__:
-        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words += [flag] if value else []
         elif value is not None:
             words.append(f"{flag}={value}")
     return words
+
+
+def data_flags(config):
+    """The data options as command-line words, for a stage that must see the same rows and queries."""
+    return flags({name: getattr(config, name) for name in DataOptions.__dataclass_fields__})

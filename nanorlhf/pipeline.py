@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from nanorlhf.config import asked, option, parse
 from nanorlhf.errors import InputError
-from nanorlhf.options import SandboxOptions, data_flags
+from nanorlhf.options import SANDBOX, data_flags, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,22 +40,24 @@ def ensure(script, folder, config, **options):
         options["policy"] = ""  # the stage's own default, by another name
     given = {name: str(value) for name, value in options.items() if value}
     if (folder / "results.json").is_file():
-        shared = {name: getattr(config, name) for name in
+        wanted = {name: getattr(config, name) for name in
                   ("data", "data_format", "validation", "test", "split_seed", "min_probability", "skip_bad_rows", "template",
                    "max_query", "max_response")}
-        if read_config(folder).get("max_rows") and not getattr(config, "trial", False):  # a trial on a few rows may use stages made on all, not the other way round
-            shared["max_rows"] = config.max_rows
-        check_same(folder, shared | given | {name: options[name] for name in options if name == "policy"})
+        # A few rows may use a stage made on all, all not one made on a few; a trial may use any.
+        if read_config(folder).get("max_rows") and not getattr(config, "trial", False):
+            wanted["max_rows"] = config.max_rows
+        wanted |= given
+        if "policy" in options:  # an empty one too: it is the stage's own default
+            wanted["policy"] = options["policy"]
+        check_same(folder, wanted)
         seed = read_config(folder).get("seed", config.seed)
         print(f"{folder}: finished already, reused" + (f"; its seed is {seed}" if seed != config.seed else ""))
         return
-    words = [script, f"--out={folder}", f"--seed={config.seed}", f"--device={config.device}", f"--precision={config.precision}"]
-    words += data_flags(config) + [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    words = [script, *flags({"out": folder, "seed": config.seed, "device": config.device, "precision": config.precision})]
+    words += data_flags(config) + flags(given)
     if script == "train_reward.py":
-        words += [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in SandboxOptions.__dataclass_fields__ if asked(config, name)]
-    words += ["--epochs=1"] if getattr(config, "trial", False) else []
-    words += [f"--gpu={config.gpu}"] if config.gpu is not None else []
-    words += [f"--preset={config.config_preset}"] if config.config_preset else []
+        words += flags({name: getattr(config, name) for name in SANDBOX if asked(config, name)})
+    words += flags({"epochs": 1 if getattr(config, "trial", False) else None, "gpu": config.gpu, "preset": config.config_preset})
     if folder.exists():
         print(f"{folder}: unfinished; gone on with if it was made with the same options, else made anew")
         words += ["--resume", "--overwrite"]
