@@ -246,7 +246,8 @@ def load_reward(specs, combine="mean", device="cpu", execution=None, clip=None, 
 
 def _load(spec, device, execution, clip, normalise):
     terms = parse_sum(spec)
-    if len(terms) == 1 and terms[0] == (1.0, spec) and spec not in RULES and spec != "execution" and clip is None and not normalise:
+    alone = terms == [(1.0, spec)] and spec not in (*RULES, "execution")  # a model or a function, whose NaN is a fault
+    if alone and clip is None and not normalise:
         return _term(spec, device, execution)
     return Combination([Term(name, weight, _term(name, device, execution)) for weight, name in terms], clip, normalise)
 
