@@ -652,22 +652,22 @@ def leakage(train, test):
     }
     report = {"train_rows": len(train), "test_rows": len(test)}
     for name, key in kinds.items():
-        known, asked = [k for r in train if (k := key(r))], [k for r in test if (k := key(r))]
-        if known and asked:
-            report[name] = _overlap(known, asked)
+        train_keys, test_keys = [k for r in train if (k := key(r))], [k for r in test if (k := key(r))]
+        if train_keys and test_keys:
+            report[name] = _overlap(train_keys, test_keys)
     return report
 
 
-def _overlap(known, asked):
-    """Counts of `asked` keys (tuples of strings) that are in `known`, as they are and normalised."""
+def _overlap(train_keys, test_keys):
+    """Counts of test keys (tuples of strings) that are among the training keys, as they are and normalised."""
     def normal(key):
         return tuple(map(normalise, key))
-    exact_known, normal_known = set(known), set(map(normal, known))
-    exact = [key for key in asked if key in exact_known]
-    found = [key for key in asked if normal(key) in normal_known]
+    known, normal_known = set(train_keys), set(map(normal, train_keys))
+    exact = [key for key in test_keys if key in known]
+    found = [key for key in test_keys if normal(key) in normal_known]
     examples = [[part[:200] for part in key] for key in dict.fromkeys(exact + found)][:5]
-    return {"exact": len(exact), "normalised": len(found), "exact_share": len(exact) / len(asked),
-            "normalised_share": len(found) / len(asked), "examples": examples}
+    return {"exact": len(exact), "normalised": len(found), "exact_share": len(exact) / len(test_keys),
+            "normalised_share": len(found) / len(test_keys), "examples": examples}
 
 
 def check_leakage(splits, allow_overlap=False):
