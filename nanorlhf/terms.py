@@ -209,7 +209,8 @@ def parse_sum(spec):
     if twice := repeated([name for _, name in terms]):
         raise InputError(f"--reward {spec}: {twice} is there twice; add up its weights")
     for _, name in terms:
-        if not name or re.search(r"[\s*]", name) or re.search(r"[()]|^\d[\d.]*[A-Za-z]", name) and not os.path.exists(name):
+        slip = re.search(r"[()]|^\d[\d.]*[A-Za-z]", name) and not os.path.exists(name)  # brackets, or 0.5bleu: meant where it is a path
+        if not name or re.search(r"[\s*]", name) or slip:
             raise InputError(f"--reward {spec}: {name!r} is no term; write weight*term, without brackets, and a space on either side of + and -")
     return terms
 
