@@ -123,15 +123,15 @@ def read_predictions(path, split, records):
     if missing := [record for record, key in zip(records, keys) if key not in found]:
         raise InputError(f"--predictions {path}: no answer to {len(missing)} of {len(records)} prompts of {split}, such as "
                          f"{missing[0].id or missing[0].prompt[:60]!r}: add them, or evaluate fewer --rows")
-    answers, shared = [found[key] for key in keys], [keys.count(key) for key in keys]
+    answers, shared = [found[key] for key in keys], [keys.count(key) for key in keys]  # by how many records a key is shared
     ratios = {len(some) / count for some, count in zip(answers, shared)}
     if len(ratios) == 1 and min(ratios) >= 1 or len({*map(len, answers)}) > 1:
         # rows without ids that share a prompt, as CoNaLa has: each has answers of its own, in the file's order
         answers = [some[keys[:i].count(key)::count] for i, (key, some, count) in enumerate(zip(keys, answers, shared))]
-    counts = sorted(map(len, answers))
-    if counts[0] < counts[-1]:
-        raise InputError(f"--predictions {path}: {counts[0]} to {counts[-1]} answers a prompt: give each prompt as many")
-    print(f"{path}: answers to {len(records)} prompts of {split}, {counts[0]} each; the file has those of {len(found)}")
+    fewest, most = min(map(len, answers)), max(map(len, answers))
+    if fewest < most:
+        raise InputError(f"--predictions {path}: {fewest} to {most} answers a prompt: give each prompt as many")
+    print(f"{path}: answers to {len(records)} prompts of {split}, {fewest} each; the file has those of {len(found)}")
     return [[answer_row(record, response) for record, response in zip(records, sample)] for sample in zip(*answers)]
 
 
