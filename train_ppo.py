@@ -294,6 +294,8 @@ def train(config):
     checkpoint = check_run(config)
     device = pick_device(config.gpu, config.device)
     ops = choose(config.kernels, device, config.low_memory)
+
+    # Rows, reward, reference and policy.
     splits, leakage = open_data(config)
     box = open_sandbox(config, splits, needs_execution(config.reward))
     execution = box and ExecutionReward(box, sum(splits.named().values(), []))
@@ -310,6 +312,7 @@ def train(config):
     print(f"data: {splits.source}; {len(queries)} training prompts" + (f", {cut} cut to {config.max_query} tokens" if cut else "")
           + f"\npolicy and reference: {folder}; reward: {reward_name}")
 
+    # The run folder, the optimiser, and what a resumed run takes up again.
     run = Run(config, checkpoint, {"data set": splits.train + splits.validation, "policy": hf.resolve(folder)}
               | reward_folders(reward_names))
     lr = learning_rate(config.lr, actor, reference.config.n_embd, 3e-4, 1e-5)
