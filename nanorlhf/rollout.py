@@ -137,6 +137,8 @@ def hidden_states(model, query_response, attention_mask, response_length):
     pads, lengths = attention_mask.int().argmax(1, keepdim=True), attention_mask.sum(1, keepdim=True)  # (B, 1) each
     columns = torch.arange(int(lengths.max()), device=lengths.device)  # (T',)
     tokens = query_response.gather(1, (columns + pads).clamp(max=width - 1))  # (B, T') each row moved left by its pads
+    # Causal attention never looks at the padding, now on the right: the mask changes no state that counts. It stays because it gives
+    # padding its positions, and with others the position embedding's gradient would be summed in another order.
     hidden = policy.hidden(tokens, columns < lengths)  # (B, T', C)
     before = torch.arange(width - response_length - 1, width, device=lengths.device) - pads  # (B, R + 1) where Q - 1 ... T - 1 are now
     hidden = hidden.gather(1, before.clamp(max=len(columns) - 1)[..., None].expand(-1, -1, hidden.shape[2]))  # (B, R + 1, C)

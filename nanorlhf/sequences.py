@@ -40,6 +40,7 @@ def response_states(model, ids, attention_mask, response_mask):
     """Hidden states (N, C) that predict the N response tokens of a batch, and these tokens (N,), row by row: nothing is computed
     further for queries and padding."""
     predicted = response_mask[:, 1:]  # (B, T - 1) token t is predicted at column t - 1
+    # The mask changes no state, but the order in which gradients are summed: see rollout.hidden_states.
     return model.hidden(ids, attention_mask)[:, :-1][predicted], ids[:, 1:][predicted]
 
 
