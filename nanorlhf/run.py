@@ -299,6 +299,13 @@ def claim(folder):
     return found
 
 
+def write_whole(path, text):
+    """Write a file under another name first: whoever reads it, or a killed run, finds the old one or the new one, no half."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 class OtherInputs(Exception):
     """A run that was to be resumed or replaced was begun with other inputs: it is replaced."""
 
@@ -372,9 +379,7 @@ class Run:
         once = {name: False for name in ("overwrite", "resume", "allow_config_change") if hasattr(self.config, name)}
         configuration.save(configuration.replace(self.config, **once), self.folder / "config.toml")  # a later --config must not replay them
         if self.inputs:
-            partial = self.folder / f".{INPUTS}.partial"
-            partial.write_text(json.dumps(self.inputs, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, self.folder / INPUTS)
+            write_whole(self.folder / INPUTS, json.dumps(self.inputs, indent=1) + "\n")
 
     def close(self):
         """Let go of the folder."""
@@ -440,9 +445,7 @@ class Run:
                 self.close()
                 raise InputError(f"{self.folder / name} is shorter than at {self.resumed}: it was changed since; put it back, or start "
                                  "anew with --overwrite")
-        partial = self.folder / ".progress.json.partial"
-        partial.write_text(json.dumps({"total_steps": total_steps}) + "\n")
-        os.replace(partial, self.folder / "progress.json")
+        write_whole(self.folder / "progress.json", json.dumps({"total_steps": total_steps}) + "\n")
         if numbers is None:
             return 0, {}
         for name, length in numbers["logged"].items():
@@ -514,9 +517,7 @@ class Run:
             self.save("final", lambda folder: (write(folder), self._write_card(folder, results)))
         results["seconds"] = round(self.seconds(), 1)
         results["peak_memory_mb"] = round(peak_memory_mb())
-        partial = self.folder / ".results.json.partial"
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / "results.json")
+        write_whole(self.folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         self.close()
 
     def _write_card(self, folder, results):
