@@ -336,14 +336,12 @@ class Run:
         self.claim, self.signum = None, None
         self.inputs = {name: fingerprint(what) for name, what in (inputs or {}).items()}
         self.changed = bool(resumed and (changes(config, self.folder) + self._other_inputs()))
-        if self.folder.exists():
+        if resumed is None and self.folder.exists():  # what --overwrite replaces, unless a process writes it
             self.claim = claim(self.folder)
-            if resumed is None:
-                shutil.rmtree(self.folder)
-                self.close()
-        if self.claim is None:
-            self._make_folder()
-            self.claim = claim(self.folder)
+            shutil.rmtree(self.folder)
+            self.close()
+        self._make_folder()
+        self.claim = claim(self.folder)
         if resumed is None:
             self._save_config()
         self.started, self.earlier = time.perf_counter(), 0.0
