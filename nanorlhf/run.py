@@ -300,7 +300,7 @@ def claim(folder):
 
 
 def write_whole(path, text):
-    """Write a file under another name first: whoever reads it, or a killed run, finds the old one or the new one, no half."""
+    """Write a file under another name and rename it: there is the old one or the new one, never a half."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -433,19 +433,21 @@ class Run:
         `resumed`. InputError where changed options leave no step to go on with: what best/ holds may be of a later one.
         """
         self.check_space(optimizer, copies=3 if self.resumed else 5)  # a checkpoint: weights and two moments; best; final
-        numbers = checkpoint.load_state(self.resumed, optimizer) if self.resumed else None
+        progress = json.dumps({"total_steps": total_steps}) + "\n"
+        if not self.resumed:
+            write_whole(self.folder / "progress.json", progress)
+            return 0, {}
+        numbers = checkpoint.load_state(self.resumed, optimizer)
         if self.changed and numbers["step"] > total_steps:
             self.close()
             raise InputError(f"--resume: {self.resumed} is at step {numbers['step']}, and these options ask for {total_steps}: ask for more, "
                              "or start anew with --overwrite")
-        for name, length in numbers["logged"].items() if numbers else ():
+        for name, length in numbers["logged"].items():
             if length > ((self.folder / name).stat().st_size if (self.folder / name).is_file() else 0):
                 self.close()
                 raise InputError(f"{self.folder / name} is shorter than at {self.resumed}: it was changed since; put it back, or start "
                                  "anew with --overwrite")
-        write_whole(self.folder / "progress.json", json.dumps({"total_steps": total_steps}) + "\n")
-        if numbers is None:
-            return 0, {}
+        write_whole(self.folder / "progress.json", progress)
         for name, length in numbers["logged"].items():
             with open(self.folder / name, "ab") as file:
                 file.truncate(length)
