@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -430,16 +431,19 @@ def test_two_processes_do_not_share_a_folder(home, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------ dry runs
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_dry_run_tries_everything_and_keeps_nothing(home, tmp_path, capsys, stage):
+def test_a_dry_run_tries_everything_and_keeps_nothing(home, tmp_path, capsys, monkeypatch, stage):
     """Beside finished stages, which it uses and leaves as they are; a line says how much memory it took."""
     out = tmp_path / "runs" / stage
     out.parent.mkdir()
     for other in ("sft", "reward"):
         if other != stage:
             (out.parent / other).symlink_to(home / "runs" / other)
-    before = sorted(path.name for path in out.parent.iterdir()), sorted(Path("/tmp").glob("nanorlhf-dry-run-*"))
+    scratch = tmp_path / "tmp"  # of its own: other processes try runs too
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    before = sorted(path.name for path in out.parent.iterdir())
     assert launch(home, stage, out, "--dry-run") == 0
-    assert (sorted(path.name for path in out.parent.iterdir()), sorted(Path("/tmp").glob("nanorlhf-dry-run-*"))) == before
+    assert sorted(path.name for path in out.parent.iterdir()) == before and list(scratch.iterdir()) == []
     shown = capsys.readouterr().out
     assert f"dry run of {out}: every phase went through one step" in shown and "MB of memory" in shown
 
