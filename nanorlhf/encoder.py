@@ -247,12 +247,12 @@ class Encoder(nn.Module):
         return cls(config).eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, dtype=torch.float32):
+    def from_pretrained(cls, folder_or_name, dtype=torch.float32):
         """An encoder from a Hugging Face folder, cache or download (see `hf.resolve`), in eval mode and in `dtype`.
 
         Folders of classifiers and language models are fine: their heads are left aside.
         """
-        folder = hf.resolve(name_or_folder)
+        folder = hf.resolve(folder_or_name)
         settings = hf.read_config(folder)
         hf.check_model_type(settings, tuple(FAMILIES), folder)
         with naming(folder / "config.json"):

@@ -298,9 +298,9 @@ class GPT2(nn.Module):
         return cls(config).eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, dtype=torch.float32):
+    def from_pretrained(cls, folder_or_name, dtype=torch.float32):
         """A GPT-2 from a Hugging Face folder, cache or download (see `hf.resolve`), in eval mode and in `dtype`."""
-        folder = hf.resolve(name_or_folder)
+        folder = hf.resolve(folder_or_name)
         settings = hf.read_config(folder)
         hf.check_model_type(settings, ("gpt2",), folder)
         with naming(folder / "config.json"):
@@ -414,9 +414,9 @@ class PolicyWithValue(nn.Module):
         hf.write_tensors(Path(folder) / "value_head.safetensors", self.value_head.state_dict())
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, dtype=torch.float32):
+    def from_pretrained(cls, folder_or_name, dtype=torch.float32):
         """Policy and value head from a folder; a folder without value_head.safetensors gives the zero head."""
-        folder = hf.resolve(name_or_folder)
+        folder = hf.resolve(folder_or_name)
         model = cls(GPT2.from_pretrained(folder, dtype))
         path = folder / "value_head.safetensors"
         if path.is_file():

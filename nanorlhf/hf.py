@@ -43,15 +43,15 @@ UNPICKLING = (RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeE
 
 # ---------------------------------------------------------------------------------------------------- find or download
 
-def resolve(name_or_folder, what="model"):
-    """The folder that `name_or_folder` means: a local folder, else one in the Hugging Face cache, else a download.
+def resolve(folder_or_name, what="model"):
+    """The folder that `folder_or_name` means: a local folder, else one in the Hugging Face cache, else a download.
 
     A run folder (runs/ppo) stands for its final/ subfolder. `what` is "model" (config.json and weights) or "tokenizer".
     `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` work as everywhere, since huggingface_hub does the cache and the download.
 
     Returns: Path. Raises InputError, saying what was looked for and where, when nothing is found.
     """
-    name = str(name_or_folder)
+    name = str(folder_or_name)
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):  # os.path's say no, where Path's raise, to a name that is too long
         return _local(path, what)
