@@ -161,6 +161,8 @@ class RewardModel(nn.Module):
 
         feedback: for each row people's vector (D,) or None; without it no row has one.
         """
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise InputError("expected lists of prompts and of responses, found one text; write [text]")
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
         feedback = [None] * len(prompts) if feedback is None else feedback
@@ -177,9 +179,12 @@ class RewardModel(nn.Module):
 
     def __call__(self, *args, **kwargs):
         """As a module on tensors, and as a reward on texts: model(prompts, responses, references)."""
-        if args and not torch.is_tensor(args[0]):
-            return self.score(args[0], args[1])
+        if "responses" in kwargs or args and not torch.is_tensor(args[0]):
+            return self._as_reward(*args, **kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _as_reward(self, prompts, responses, references=None):
+        return self.score(prompts, responses)
 
     def normalise(self, prompts, responses):
         """Set gain and bias so that these responses (the SFT policy's samples) have scores of mean 0 and variance 1."""

@@ -256,7 +256,16 @@ def test_score_of_nothing_and_of_the_wrong_number(tmp_path):
 def test_a_model_is_a_reward(tmp_path):
     """reward(prompts, responses, references) -> (B,), like any other callable."""
     model = ours("gpt2", tmp_path)
-    assert torch.equal(model(PROMPTS, RESPONSES, [None] * 5), model.score(PROMPTS, RESPONSES))
+    scores = model.score(PROMPTS, RESPONSES)
+    assert torch.equal(model(PROMPTS, RESPONSES, [None] * 5), scores)
+    assert torch.equal(model(prompts=PROMPTS, responses=RESPONSES, references=[None] * 5), scores)
+    assert torch.equal(model(PROMPTS, responses=RESPONSES, references=[None] * 5), scores)
+
+
+def test_one_text_is_no_list_of_texts(tmp_path):
+    """Two texts of one length used to be scored letter against letter."""
+    with pytest.raises(InputError, match="expected lists of prompts and of responses, found one text; write \\[text\\]"):
+        ours("gpt2", tmp_path).score("sort xs", "sort xs")
 
 
 # ------------------------------------------------------------------------------------------------- cutting to length
