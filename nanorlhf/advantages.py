@@ -29,8 +29,9 @@ def shape_rewards(scores, kl, response_mask, kl_coef):
     mask = response_mask != 0
     rewards = -kl_coef * keep(kl, mask)  # (B, R)
     rows = torch.nonzero(mask.any(1)).squeeze(1)  # an empty response has no token to carry its score
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,) index of the last response token
-    rewards[rows, last[rows]] += scores[rows].to(rewards.dtype)
+    if len(rows):
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,) index of the last response token
+        rewards[rows, last[rows]] += scores[rows].to(rewards.dtype)
     return rewards
 
 

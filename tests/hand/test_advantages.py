@@ -28,6 +28,14 @@ def test_shaped_rewards_of_an_empty_response():
     close(rewards, [[0.0, 0.0], [1.0, 0.0]])
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
+def test_shaped_rewards_of_nothing(shape):
+    """No columns or no rows: rewards of that shape, as gae has it. No columns used to be an IndexError."""
+    nothing = torch.zeros(shape)
+    assert shape_rewards(torch.zeros(shape[0]), nothing, nothing != 0, 0.1).shape == shape
+    assert gae(nothing, nothing, nothing != 0)[0].shape == shape
+
+
 @pytest.mark.parametrize("dtype", MASK_TYPES)
 def test_gae(dtype):
     """r = 1, 2, 3 and V = 0.5, 1, 1.5 with gamma = lam = 0.5, so gamma lam = 0.25.
