@@ -12,9 +12,9 @@ DPO_LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
 
 def _floats(**tensors):
-    """Scalars as a dict of floats, moved off the device in one copy rather than one each."""
-    values = torch.stack([tensor.detach().float() for tensor in tensors.values()]).tolist()
-    return dict(zip(tensors, values))
+    """Scalars as a dict of floats, moved off the device in one copy rather than one each; float64 keeps its digits."""
+    values = [tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors.values()]
+    return dict(zip(tensors, torch.stack(values).tolist()))
 
 
 def sft_loss(logits, labels, ignore_index=-100):

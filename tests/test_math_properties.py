@@ -219,6 +219,9 @@ def test_float64_stays_float64():
         ppo_policy_loss(x, x, x, mask)[0], ppo_value_loss(x, x, x, mask)[0], *dpo_loss(*logps()),
     ]
     assert {result.dtype for result in results} == {torch.float64}
+    _, stats = ppo_policy_loss(x, x - 0.1, x, mask)
+    assert stats["ratio"] == pytest.approx(math.exp(0.1), abs=1e-14), "float32 would leave 7 digits"
+    assert rating_loss(scores, scores - 0.1)[1]["error"] == pytest.approx(0.1, abs=1e-14)
 
 
 @pytest.mark.parametrize("logits", [
