@@ -45,6 +45,8 @@ def generate(model, queries, query_mask, max_new_tokens, temperature=1.0, top_k=
         raise InputError("queries must be padded on the left and not empty: the last column of query_mask has zeros")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise InputError(f"top_k must be at least 0 and top_p above 0 and at most 1, not {top_k} and {top_p}")
     query_length = queries.shape[1]
     if query_length + max_new_tokens > model.config.n_positions:
         raise InputError(f"{query_length} query tokens + {max_new_tokens} new ones exceed the model's {model.config.n_positions} positions")

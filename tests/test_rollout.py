@@ -284,6 +284,13 @@ def test_no_new_token_is_refused():
         generate(tiny(), *ragged(), 0)
 
 
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_p": 0.0}, {"top_p": -0.5}, {"top_p": 2.0}])
+def test_what_no_token_can_be_drawn_from_is_refused(options):
+    """These used to fail within torch, or to mean nothing."""
+    with pytest.raises(ValueError, match="top_k must be at least 0 and top_p above 0 and at most 1, not"):
+        generate(tiny(), *ragged(), 3, **options)
+
+
 # ---------------------------------------------------------------------------------------- dropout, gradient, train flag
 
 @pytest.mark.parametrize("training", [True, False])
