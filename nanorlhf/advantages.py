@@ -5,7 +5,7 @@ Nothing here carries gradient.
 """
 import torch
 
-from nanorlhf.masked import check_shapes, keep
+from nanorlhf.masked import check_shapes, keep, widen
 
 
 @torch.no_grad()
@@ -48,12 +48,13 @@ def gae(rewards, values, response_mask, gamma=1.0, lam=0.95, last_values=None):
         rewards, values: (B, R). values[:, t] is the value of the state before response token t is sampled.
         response_mask: (B, R), bool or float, ones then zeros.
         last_values: (B,) value of the state after the last token; None means 0 (the episode ended).
-    Returns: advantages (B, R), returns (B, R); 0 where the mask is 0.
+    Returns: advantages (B, R), returns (B, R), in the values' precision (half precision is summed in float32); 0 where the mask is 0.
     """
     check_shapes(rewards=rewards, values=values, response_mask=response_mask)
     check_shapes(last_values=last_values, rows=response_mask.sum(1))
     mask = response_mask != 0
-    rewards, values = keep(rewards, mask), keep(values, mask)
+    dtype = keep(values, mask).dtype  # that of the values; whole numbers become floats
+    rewards, values = keep(widen(rewards), mask), keep(widen(values), mask)
     next_value = values.new_zeros(len(values)) if last_values is None else last_values.to(values.dtype)  # (B,)
     advantage = torch.zeros_like(next_value)  # (B,) A_{t+1}
     advantages = torch.zeros_like(values)
@@ -63,7 +64,7 @@ def gae(rewards, values, response_mask, gamma=1.0, lam=0.95, last_values=None):
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = keep(advantage, mask[:, t])
-    return advantages, advantages + values
+    return advantages.to(dtype), (advantages + values).to(dtype)
 
 
 class FixedKLController:

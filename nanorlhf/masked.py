@@ -17,6 +17,11 @@ def keep(x, mask):
     return torch.where(mask != 0, x * mask, 0.0)  # 0.0 and not 0: whole numbers become floats
 
 
+def widen(x):
+    """float16 and bfloat16 as float32: the one has no sum above 65504, the other no odd count above 256."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def masked_mean(x, mask, dim=None):
     """Mean of x over the tokens of the mask: sum(x * mask) / sum(mask).
 
@@ -24,11 +29,12 @@ def masked_mean(x, mask, dim=None):
         x: any shape, such as (B, R); gradient flows.
         mask: same shape, bool or float (a float mask is a weight per token).
         dim: the dimension or dimensions to reduce; None reduces all.
-    Returns: the mean; 0 where the mask is empty.
+    Returns: the mean; 0 where the mask is empty. Half precision is summed in float32.
     """
     check_shapes(x=x, mask=mask)
-    total, count = keep(x, mask).sum(dim), mask.sum(dim)
-    return total / torch.where(count == 0, 1, count)
+    total, count = keep(widen(x), widen(mask)).sum(dim), widen(mask).sum(dim)
+    mean, dtype = total / torch.where(count == 0, 1, count), torch.promote_types(x.dtype, mask.dtype)
+    return mean.to(dtype) if dtype.is_floating_point else mean
 
 
 def masked_var(x, mask, unbiased=False):
@@ -40,12 +46,13 @@ def masked_var(x, mask, unbiased=False):
         unbiased: divide by n - 1 (Bessel's correction); one token then has variance 0, not NaN.
     Returns: a scalar.
     """
-    deviation = torch.where(mask != 0, x - masked_mean(x, mask), 0)  # zeroed before the square: its gradient would be NaN * 0
+    wide, dtype = widen(x), torch.promote_types(x.dtype, mask.dtype)
+    deviation = torch.where(mask != 0, wide - masked_mean(wide, mask), 0)  # zeroed before the square: its gradient would be NaN * 0
     variance = masked_mean(deviation ** 2, mask)
     if unbiased:
-        count = mask.sum()
+        count = widen(mask).sum()
         variance = variance * count / (count - 1).clamp(min=1)
-    return variance
+    return variance.to(dtype) if dtype.is_floating_point else variance
 
 
 def whiten(x, mask, center=True, unbiased=False, eps=1e-8):

@@ -90,6 +90,16 @@ def test_gae_of_whole_numbers():
     assert advantages[0].tolist() == pytest.approx([0.95, 1.0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gae_in_half_precision_is_summed_in_float32(dtype):
+    """300 rewards of 1, V = 0, gamma = lam = 1: A_0 = 300. Summed in bfloat16 it would stop growing at 256, where 256 + 1 = 256.
+    Of 3000 in float16, A_0 = 3000; there 2048 + 1 = 2048."""
+    steps = 300 if dtype == torch.bfloat16 else 3000
+    ones = torch.ones(1, steps, dtype=dtype)
+    advantages, returns = gae(ones, torch.zeros_like(ones), ones != 0, lam=1.0)
+    assert advantages[0, 0].item() == returns[0, 0].item() == steps and advantages.dtype == returns.dtype == dtype
+
+
 @pytest.mark.parametrize("padding", [0, 1, 3])
 def test_the_score_used_to_land_on_pad(padding):
     """A well-known PPO trainer put the score one slot after EOS wherever a slot followed: with V = 0, lam = 0.95 and

@@ -112,3 +112,27 @@ def test_empty_mask_is_zero_not_nan(dtype):
     assert masked_mean(x, mask, dim=1).tolist() == [0.0]
     assert masked_var(x, mask).item() == masked_var(x, mask, unbiased=True).item() == 0.0
     assert whiten(x, mask).tolist() == whiten(x, mask, center=False).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_and_counted_in_float32(dtype):
+    """The mean of 513 ones under 513 ones is 513 / 513 = 1. bfloat16 counts 513 as 512, and the mean used to be 1.002.
+    Of 70,000 ones too it is 1: float16 ends at 65,504, and inf / inf was NaN. 100 and -100, 35,000 of each: mean 0, variance
+    10,000, in bfloat16 9,984, the next that it has; whitened 1 and -1."""
+    ones = torch.ones(1, 513, dtype=dtype)
+    assert masked_mean(ones.float(), ones).item() == 1.0
+    many = torch.ones(1, 70_000, dtype=dtype)
+    assert masked_mean(many, many).item() == masked_mean(many, many, dim=1).item() == masked_mean(many, many != 0).item() == 1.0
+    sign = torch.cat([many[:, ::2], -many[:, ::2]], 1)
+    assert masked_mean(100 * sign, many).item() == 0.0
+    assert masked_var(100 * sign, many).item() == masked_var(100 * sign, many, unbiased=True).item() == torch.tensor(1e4).to(dtype).item()
+    assert torch.equal(whiten(100 * sign, many), sign)
+
+
+@pytest.mark.parametrize("of", [masked_mean, masked_var])
+@pytest.mark.parametrize("x, mask, dtype", [
+    (torch.float16, torch.bool, torch.float16), (torch.bfloat16, torch.int64, torch.bfloat16), (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.float16, torch.float32), (torch.float32, torch.float64, torch.float64), (torch.int64, torch.bool, torch.float32),
+])
+def test_the_result_has_the_wider_precision_of_the_two(of, x, mask, dtype):
+    assert of(torch.tensor([[1, 2]]).to(x), torch.tensor([[1, 1]]).to(mask)).dtype == dtype
