@@ -115,7 +115,7 @@ def gradient_of(x, top, log_mass, scale, level, slope, SLOPED: tl.constexpr):
 
 @triton.jit
 def gradient_at_target(logprob, entropy, g, h):
-    """g (1 - p) - h p (log p + H), for the gradients g and h of log-prob and entropy: exact where p is near 1."""
+    """g (1 - p) - h p (log p + H), for the gradients g and h of log-prob and entropy: as exact as the log-prob."""
     return -g * expm1(logprob) - h * tl.exp(logprob) * (tl.maximum(logprob, -200.0) + entropy)
 
 

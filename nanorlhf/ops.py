@@ -62,7 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
         g, h = (x[:, None].to(found.dtype) / ctx.temperature for x in (grad_logprobs, grad_entropy))  # (N, 1) each
         logprobs, entropy, top, log_mass = found
         level, slope = -(g + h * entropy), -h
-        at_target = -g * torch.expm1(logprobs)  # g (1 - p): as a difference it would be 0 for a token of probability almost 1
+        at_target = -g * torch.expm1(logprobs)  # g (1 - p), without the rounding of p
         at_target += slope * logprobs.exp() * (logprobs.clamp(min=LOWEST) + entropy)
         entropic = bool(h.any())
         for part in _parts(*logits.shape):

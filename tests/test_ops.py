@@ -1,5 +1,6 @@
 """The torch twins in ops.py against the definitions, value and gradient, and the choice between torch and Triton."""
 import importlib
+import math
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,11 +80,18 @@ def test_forbidden_tokens_by_hand():
     assert torch.allclose(gradient, torch.zeros(2, 3), atol=1e-6)
 
 
-def test_a_certain_token_keeps_its_gradient():
-    """Logits (0, 40): 1 - p = 4.2e-18, which 1 - p in float32 rounds to 0."""
-    logits = torch.tensor([[0.0, 40.0]], requires_grad=True)
-    ops.token_logprobs(logits, torch.tensor([1]))[0].sum().backward()
-    assert logits.grad[0, 1].item() == pytest.approx(4.248354e-18, rel=1e-5)
+@pytest.mark.parametrize("gap", [4.0, 10.0, 16.0, 40.0])
+def test_the_gradient_at_the_target_is_minus_expm1_of_the_log_prob(gap):
+    """Logits (0, gap): to all its digits, where 1 - exp(log p) would round at 6e-8, 4e-5 of the whole at a gap of 10. The log-prob
+    itself is -log(1 + e^-gap), whose sum float32 rounds to steps of 1.2e-7: beyond a gap of 17 both are 0. (This test used to ask for
+    4.2e-18 at 40, with a tolerance of 1e-12 that it did not mention, and got 0.) The other entry is -e^-gap to 7 digits at any gap."""
+    logits = torch.tensor([[0.0, gap]], requires_grad=True)
+    logprob = ops.token_logprobs(logits, torch.tensor([1]))[0]
+    logprob.sum().backward()
+    other, target = logits.grad[0].tolist()
+    assert target == pytest.approx(-math.expm1(logprob.item()), rel=1e-6, abs=0)
+    assert target == pytest.approx(1 / (1 + math.exp(gap)), rel=0, abs=1.2e-7)
+    assert other == pytest.approx(-1 / (1 + math.exp(gap)), rel=1e-6, abs=0)
 
 
 def test_shapes_and_errors():
