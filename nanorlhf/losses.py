@@ -150,7 +150,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     Args:
         policy_*_logps: (B,), sums of token log-probs over the response (for "ipo" per-token means, as its authors advise);
             gradient flows.
-        ref_*_logps: (B,), the same of the frozen reference.
+        ref_*_logps: (B,), the same of the frozen reference; None will do with `reference_free`.
         beta: strength of the implied KL penalty, > 0.
         label_smoothing: share e of pairs assumed to be labelled the wrong way round, 0 <= e <= 0.5 ("robust": < 0.5);
             for "sigmoid" and "robust" only.
@@ -166,7 +166,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     if not 0 <= label_smoothing <= 0.5 or (loss_type == "robust" and label_smoothing == 0.5):
         raise ValueError(f"label_smoothing must be in [0, 0.5], below 0.5 for the robust loss, not {label_smoothing}")
     if reference_free:
-        ref_chosen_logps, ref_rejected_logps = torch.zeros_like(ref_chosen_logps), torch.zeros_like(ref_rejected_logps)
+        ref_chosen_logps = ref_rejected_logps = torch.zeros_like(policy_chosen_logps)
     chosen_ratios = policy_chosen_logps - ref_chosen_logps  # (B,)
     rejected_ratios = policy_rejected_logps - ref_rejected_logps  # (B,)
     h = chosen_ratios - rejected_ratios

@@ -318,7 +318,8 @@ class RewardEnsemble:
     """Several rewards as one: the mean, the minimum, or the mean minus the standard deviation of their scores.
 
     The last two distrust what the members disagree about (Coste et al. 2023, "Reward Model Ensembles Help Mitigate
-    Overoptimization", who take a multiple of the variance off, not the standard deviation). `.disagreement` is the standard deviation of each row of the latest call.
+    Overoptimization", who subtract a multiple of the variance, not the standard deviation). `.disagreement` is the standard
+    deviation of each row of the latest call.
 
     Args: rewards, a list of callables; combine, "mean" | "min" | "mean-std".
     """

@@ -561,8 +561,9 @@ def test_dpo_depends_on_the_reference_through_its_gap_alone(loss_type):
     shifted = dpo_loss(chosen, rejected, ref_chosen + 5, ref_rejected + 5, 0.3, loss_type)[0]
     torch.testing.assert_close(shifted, straight)
     zeros = torch.zeros_like(ref_chosen)
-    free = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, loss_type, reference_free=True)[0]
-    torch.testing.assert_close(free, dpo_loss(chosen, rejected, zeros, zeros, 0.3, loss_type)[0])
+    for reference in ((ref_chosen, ref_rejected), (None, None)):
+        free = dpo_loss(chosen, rejected, *reference, 0.3, loss_type, reference_free=True)
+        torch.testing.assert_close(free, dpo_loss(chosen, rejected, zeros, zeros, 0.3, loss_type))
 
 
 def test_smoothing_is_an_expectation_over_flipped_labels_and_robust_undoes_it():
