@@ -1514,6 +1514,9 @@ ALLOW, EPERM, ENOSYS, ENOTTY, KILL = 0x7FFF0000, 0x50001, 0x50026, 0x50019, 0x80
     (X86, 302, (0, 9, 0), ALLOW), (X86, 302, (0, 9, 1), EPERM), (X86, 302, (0, 9, 1 << 40), EPERM), (ARM, 261, (0, 9, 8), EPERM),
     (X86, 44, (3, 0, 0, 0, 0), ALLOW), (X86, 44, (3, 0, 0, 0, 1 << 32), EPERM), (ARM, 206, (3, 0, 0, 0, 8), EPERM), (X86, 53, (1,), ALLOW), (X86, 53, (2,), EPERM),
     (X86, 72, (3, 4, 0x800), ALLOW), (X86, 72, (3, 8, 1), EPERM), (ARM, 25, (3, 10, 9), EPERM),  # fcntl
+    *[(X86, 72, (0, command), ALLOW) for command in (0, 1, 2, 3, 4, 1030)], (ARM, 25, (0, 0), ALLOW), (ARM, 25, (0, 1030), ALLOW),
+    *[(X86, 72, (0, command, 1), EPERM) for command in (5, 6, 9, 15, 16, 37, 1024, 1025, 1026, 1031)],  # leases (1024) hold up who opens the file
+    (ARM, 25, (0, 1024, 1), EPERM), (X86, 44, (3, 0, 0, 1, 0), EPERM), (ARM, 206, (3, 0, 0, 0x4001, 0), EPERM),  # MSG_OOB
     (X86, 16, (0, 0x5421), ALLOW), (X86, 16, (0, 0x5412), ENOTTY), (X86, 435, (0,), ENOSYS), (X86, 0x40000000, (), EPERM),
     (X86, 425, (), EPERM), (X86, 321, (), EPERM), (X86, 46, (), EPERM), (X86, 47, (), EPERM)])
 def test_seccomp_program_by_hand(arch, number, arguments, expected):

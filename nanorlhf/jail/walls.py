@@ -67,13 +67,15 @@ recvfrom 45 207, shutdown 48 210, getsockname 51 204, getpeername 52 205, getsoc
 waitid 247 95"""
 LOW, HIGH, WHOLE = 16, 20, 0xFFFFFFFF  # where the two words of argument 0 are in struct seccomp_data; each next is 8 further
 WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
-# Allowed where every (offset, mask, operand) has word & mask == operand; else the error.
+# Allowed where for every (offset, mask, *operands) word & mask is one of the operands; else the error.
 TESTED = [((2, None), errno.EPERM, [(LOW + 8, WRITING, 0)]),  # open: to read
           ((257, 56), errno.EPERM, [(LOW + 16, WRITING, 0)]),  # openat
           ((56, 220), errno.EPERM, [(LOW, 0x10000, 0x10000)]),  # clone: CLONE_THREAD, threads and never processes
-          ((72, 25), errno.EPERM, [(LOW + 8, 8, 0)]),  # fcntl: but for 8-15, signals to the owner of a descriptor
+          # fcntl: F_DUPFD, flags, F_DUPFD_CLOEXEC; no signals to an owner, and no lease: who opens a leased file waits for the code
+          ((72, 25), errno.EPERM, [(LOW + 8, WHOLE, 0, 1, 2, 3, 4, 1030)]),
           ((302, 261), errno.EPERM, [(LOW + 16, WHOLE, 0), (HIGH + 16, WHOLE, 0)]),  # prlimit64: without new limits
-          ((44, 206), errno.EPERM, [(LOW + 32, WHOLE, 0), (HIGH + 32, WHOLE, 0)]),  # sendto: without an address
+          # sendto: without an address, and without MSG_OOB, a corner of the kernel that nothing here needs
+          ((44, 206), errno.EPERM, [(LOW + 24, 1, 0), (LOW + 32, WHOLE, 0), (HIGH + 32, WHOLE, 0)]),
           ((53, 199), errno.EPERM, [(LOW, WHOLE, 1)]),  # socketpair: AF_UNIX, what asyncio wakes itself with
           ((16, 29), errno.ENOTTY, [(LOW + 8, WHOLE, 0x5421)]),  # ioctl: FIONBIO, what setblocking does
           ((435, 435), errno.ENOSYS, [(LOW, 0, 1)])]  # clone3: never; the C library turns to clone
@@ -91,8 +93,9 @@ def seccomp_program(files=True, extra=(), arch=ARCH):
     code = [(load, 0, 0, 4), (equal, 1, 0, audit), (back, 0, 0, 0x80000000), (load, 0, 0, 0)]
     for numbers, error, tests in TESTED if files else TESTED[2:]:
         block = [allow, (back, 0, 0, refuse | error)]
-        for offset, bits, operand in reversed(tests):
-            block = [(load, 0, 0, offset), (mask, 0, 0, bits), (equal, 0, len(block) - 1, operand), *block]
+        for offset, bits, *operands, last in reversed(tests):
+            either = [(equal, left, 0, operand) for left, operand in zip(range(len(operands), 0, -1), operands)]
+            block = [(load, 0, 0, offset), (mask, 0, 0, bits), *either, (equal, 0, len(block) - 1, last), *block]
         if numbers[column] is not None:
             code += [(equal, 0, len(block), numbers[column]), *block]
     listed = [each.split()[1 + column] for each in CALLS.split(",")]
