@@ -1269,6 +1269,25 @@ def test_a_value_that_cannot_be_compared_is_named(box):
     assert box.check("def f(): pass", ["d = {f: 1}\nassert d[f] == 1 and f == f and f != 1\nf()"], "f").passed
 
 
+def test_an_object_answers_for_the_code_and_not_for_the_judge(box):
+    """The judge's class has a docstring and an attribute of its own: `f.__doc__` used to be true of any function."""
+    code = "def f(x): return x\ndef g(x):\n    'twice'\n    return 2 * x\nclass A:\n    def __init__(self): self.x = self.y = 1"
+    assert box.check(code, ["assert f(1) == 1 and f.__doc__ is not None"], "f").status == "failed"
+    assert box.check(code, ["assert A().x == 1 and len(vars(A())) == 1"], "A").status == "failed"
+    assert box.check(code, ["assert g.__doc__ == 'twice' and g.__name__ == 'g'", "assert vars(A()) == A().__dict__ == {'x': 1, 'y': 1}"], ["g", "A"]).passed
+
+
+def test_threads_of_a_test_may_ask(box):
+    """Each gets the answer to its own question; the judge lives on when one is still asking at the end."""
+    judge, pool = box.workers[0].processes[0].pid, "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(8) as pool:\n    "
+    code = "def f(x): return 2 * x\ndef g(x):\n    while x: pass"
+    assert box.check(code, [pool + "assert list(pool.map(f, range(300))) == [2 * i for i in range(300)]"], "f").passed
+    late = "import threading, time\nthreading.Thread(target=g, args=(1,), daemon=True).start()\ntime.sleep(0.2)\nassert f is None"
+    outcome = box.check(code, [late], ["f", "g"])
+    assert outcome.status == "failed" and outcome.seconds < 10
+    assert box.check(*HONEST).passed and box.workers[0].processes[0].pid == judge
+
+
 @pytest.mark.parametrize("test", ["assert 3 in f(7)", "assert f(7) < 3", "assert f(7) >= 3", "assert f(7) - 3 == 0", "assert isinstance(f(7), int)",
                                   "assert hash(f(7)) == 3", "assert f(7).__eq__(3) is True", "assert round(f(7)) == 3", "assert 3 in {f(7): 1}"])
 def test_an_object_is_not_its_own_judge(box, test):

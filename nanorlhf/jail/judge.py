@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 import types
 
@@ -34,6 +35,7 @@ class Session:
 
     def __init__(self, sock, file):
         self.sock, self.file, self.stopped = sock, file, None
+        self.turn = threading.Lock()  # a test may ask from threads of its own
         self.asked, self.note = 0, ""  # questions; what to say of a test that fails
 
     def stop(self, status, detail):
@@ -47,8 +49,9 @@ class Session:
         self.asked += 1
         request = question, encode((args, keywords), self.number)
         try:
-            send(self.sock, request)
-            reply = receive(self.file, MAX_BYTES)
+            with self.turn:
+                send(self.sock, request)
+                reply = receive(self.file, MAX_BYTES)
             if "raised" not in reply:
                 return decode(reply["value"], lambda number, name: Remote(self, number, name))
             names, text = [str(name) for name in reply["raised"]], str(reply["text"])
@@ -81,6 +84,10 @@ class Remote:
 
     def __init__(self, session, number, name):
         object.__setattr__(self, "_remote", (session, number, name))
+
+    # What Python would answer from this class, and not from the code's: that there is a docstring, for one.
+    __doc__, __name__, __dict__ = (property(lambda self, _name=_name: self._remote[0].ask("getattr", self, _name))
+                                   for _name in ("__doc__", "__name__", "__dict__"))
 
     def __call__(self, /, *args, **kwargs):
         return self._remote[0].ask("call", self, *args, **kwargs)
@@ -219,8 +226,8 @@ def _sample(children, layers, job, timeout):
     except (EOFError, OSError, ValueError) as error:
         return {"status": "broken", "detail": f"no child came to be {error}"}
     status, detail, value = _judge(Session(near, file), job, timeout)
+    children.end()  # first: a test's thread may still wait at the file, until the child is gone
     file.close()
-    children.end()
     if status == "crashed" and (code := children.code()):
         detail += f" ({SIGNALS.get(-code, -code) if code < 0 else f'exit code {code}'})"
     return {"status": status, "detail": detail, "seconds": time.perf_counter() - begin, "value": value}
