@@ -31,7 +31,7 @@ from nanorlhf.jail.walls import LAYERS, Off
 __all__ = ["Outcome", "Sandbox", "decode", "encode", "same"]
 
 MODES = ("auto", "require", "weak", "off")
-MAX_CACHED = 200_000  # verdicts
+MAX_CACHED, MAX_LENGTH = 200_000, 2000  # verdicts; characters of one
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,16 @@ class _Worker:
         except BaseException as error:
             self.stop()
             if isinstance(error, (EOFError, OSError)):
-                raise RuntimeError(f"the sandbox can start no process: {error or 'what it said is on stderr'}") from None
+                raise RuntimeError(f"the sandbox can start no process: {str(error) or 'what it said is on stderr'}") from None
             raise
 
     def launch(self, role, *ends):
-        """Flags: no site-packages, no folder of ours on the path. Environment: only what makes runs repeatable."""
+        """Flags: no site-packages, no folder of ours on the path. Environment: only what makes runs repeatable. Signals that the
+        trainer blocks or ignores would be so there too, and with them the time limit and the end with the trainer."""
         numbers = [end.fileno() for end in ends]
-        start = (f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import jail.{role}; sys.path.pop(); "
+        start = ("import signal, sys; signal.pthread_sigmask(signal.SIG_SETMASK, ()); "
+                 "[signal.signal(each, signal.SIG_DFL) for each in (signal.SIGCHLD, signal.SIGIO)]; "
+                 f"sys.path.append({str(Path(__file__).parent)!r}); import jail.{role}; sys.path.pop(); "
                  f"jail.{role}.main({self.config!r}, *{numbers!r})")
         self.processes.append(subprocess.Popen(
             [sys.executable, "-s", "-S", "-P", "-B", "-c", start], pass_fds=numbers, cwd="/", start_new_session=True,
@@ -214,8 +217,7 @@ class Sandbox:
         if not isinstance(jobs, (list, tuple)):
             raise InputError(f"jobs must be a list, not {type(jobs).__name__}")
         jobs = [_prepare(job) for job in jobs]
-        if self.mode == "off" or not self.workers:
-            raise InputError("the sandbox is off or closed: no code is run")
+        self._open()
         with ThreadPoolExecutor(len(self.workers)) as pool:
             try:
                 return list(pool.map(self._run, jobs))
@@ -230,21 +232,27 @@ class Sandbox:
         if len(job["code"]) > MAX_BYTES:
             return Outcome(False, "error", 0.0, f"the source has more than {MAX_BYTES} characters")
         key = hashlib.sha256(json.dumps(job).encode()).hexdigest()
-        said = self.cache.get(key)
-        if said is None:
+        text = self.cache.get(key)
+        if text is None:
             worker = self.idle.get()
             try:
-                said = worker.run(job)
+                self._open()
+                text = json.dumps(said := worker.run(job))
             finally:
                 self.idle.put(worker)
-            if said["status"] in ("ok", "failed", "error") and len(self.cache) < MAX_CACHED:
-                self.cache[key] = said
+            if said["status"] in ("ok", "failed", "error") and len(self.cache) < MAX_CACHED and len(text) <= MAX_LENGTH:
+                self.cache[key] = text  # which takes less room than what it says
+        said = json.loads(text)
         return Outcome(said["status"] == "ok", said["status"], said["seconds"], said["detail"], decode(said["value"]))
 
+    def _open(self):
+        if not self.workers:
+            raise InputError("the sandbox is off or closed: no code is run")
+
     def close(self):
-        for worker in self.workers:
+        workers, self.workers = self.workers, []  # first: a job that another thread has sent starts none of them anew
+        for worker in workers:
             worker.stop()
-        self.workers = []
 
     def __enter__(self):
         return self

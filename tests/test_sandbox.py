@@ -1001,6 +1001,15 @@ def test_cache_is_by_content():
         assert box.evaluate("[1]", setup="a = 1").passed and len(box.cache) == 5
 
 
+def test_the_cache_holds_nothing_large():
+    """Of 200,000 verdicts: code that answers with a megabyte must not fill the trainer's memory."""
+    with Sandbox(timeout=30, workers=1) as box:
+        assert [len(box.evaluate(f"'x' * {n}").value) for n in (1000, 10_000, 10_000)] == [1000, 10_000, 10_000]
+        assert len(box.cache) == 1 and sum(map(len, box.cache.values())) < 2000
+        test = "assert f() == '" + "\u4e2d" * 3000 + "'"
+        assert box.check("def f(): pass", [test]) == box.check("def f(): pass", [test]) and len(box.cache) == 2  # the longest detail
+
+
 @pytest.mark.parametrize("code, status, timeout", [
     ("while True: pass", "timeout", 0.3), ("import os\nos._exit(0)", "crashed", 30), ("bytearray(400 << 20)", "memory", 30)])
 def test_what_the_machine_brought_about_is_not_cached(code, status, timeout):
@@ -1030,6 +1039,12 @@ def test_a_layer_that_is_lost_at_a_new_start_ends_the_work():
                 box.check(*HONEST)
         worker.config = {**worker.config, "without": []}
         assert box.check(*HONEST).passed
+
+
+def test_a_process_that_ends_at_its_start_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    with pytest.raises(RuntimeError, match="can start no process: what it said is on stderr"):
+        Sandbox(workers=1)
 
 
 def test_a_machine_that_starts_no_process_says_so_and_leaves_none(monkeypatch):
@@ -1372,6 +1387,44 @@ with Sandbox(timeout=60) as box:
     busy = ("def f(): return 10 ** 4", ["assert 7 ** f() ** f() == 0"], "f")  # the judge never comes to look who is there
     box.check_many([busy] + [("import time\\ntime.sleep(%d)" % (50 + i), ["assert f()"], "f") for i in range(3)])
 """
+
+
+DEAF = """
+import signal
+for each in (signal.SIGCHLD, signal.SIGIO):
+    signal.signal(each, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+from nanorlhf.sandbox import Sandbox
+with Sandbox(timeout=0.5, workers=1) as box:
+    said = box.check("while True: pass", ["f()"])
+    print(said.status, box.evaluate("import signal\\nlen(signal.pthread_sigmask(0, []))").value, *(process.pid for process in box.workers[0].processes), flush=True)
+    box.workers[0].config["timeout"] = 60  # a test that no alarm can end
+    box.check("def f(): return 'a' * 40", ["import re\\nre.match('(a+)+$', f() + 'b')"], "f")
+"""
+
+
+def test_signals_that_the_trainer_blocks_or_ignores():
+    """They are inherited: the time limit is one, and so is the judge's end when the trainer is killed."""
+    trainer = subprocess.Popen([sys.executable, "-c", DEAF], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    status, blocked, *pids = trainer.stdout.readline().split()
+    assert (status, blocked) == ("timeout", "0")
+    time.sleep(0.3)
+    trainer.kill()
+    trainer.communicate()
+    assert gone(set(map(int, pids)))
+
+
+def test_a_box_that_is_closed_meanwhile_starts_nothing_anew():
+    from concurrent.futures import ThreadPoolExecutor
+    box = Sandbox(timeout=30, workers=1)
+    sessions = {process.pid for process in box.workers[0].processes}
+    with ThreadPoolExecutor(1) as pool:
+        worker, said = box.workers[0], pool.submit(box.check_many, [(f"import time\ntime.sleep(1)  # {i}", ["f()"]) for i in range(4)])
+        time.sleep(0.5)
+        box.close()
+        with pytest.raises(InputError, match="off or closed"):
+            said.result(20)
+    assert gone(sessions | {process.pid for process in worker.processes}, 2)
 
 
 def test_a_sample_leaves_the_judge_no_heavier():
