@@ -973,6 +973,19 @@ def test_threads_may_share_a_box():
     assert [o.value for o in outcomes] == list(range(1, 31))
 
 
+def test_the_first_end_of_a_sample_is_its_status():
+    """The code ends its process; a test that catches that goes on until the time is over."""
+    with Sandbox(timeout=0.5, workers=1) as box:
+        test = "import time\ntry:\n    f(7)\nexcept BaseException:\n    time.sleep(9)"
+        assert box.check("import os\ndef f(x): os._exit(3)", [test], "f").detail == "the code ended its process (exit code 3)"
+
+
+def test_the_time_limit_comes_again_should_a_test_catch_it():
+    with Sandbox(timeout=0.3, workers=1) as box:
+        judge, test = box.workers[0].processes[0].pid, "try:\n    f(7)\nexcept BaseException:\n    pass\nwhile True: pass"
+        assert box.check("def f(x):\n    while True: pass", [test], "f").detail == "over 0.3 s" and box.workers[0].processes[0].pid == judge
+
+
 def test_time_limit_counts_all_tests_together():
     code = "import time\ndef f(x):\n    time.sleep(.25)\n    return x"
     with Sandbox(timeout=0.9, workers=1) as box:
@@ -1263,6 +1276,8 @@ def test_tests_that_ask_the_code_nothing_are_no_pass(box, entry):
     wrong = "def f(x): return -x"
     for tests in (["def check(candidate):\n    assert candidate(3) == 3"], ["def test_f():\n    assert f(3) == 3"], ["y = 2", "assert y"], ["assert 1 + 1 == 2"],
                   ["candidate = f", "def check():\n    assert candidate(3) == 3"],
+                  ["def g(x): assert candidate(x) == 3\nimport functools, threading\ncandidate, g = staticmethod(f), functools.wraps(f)(g)", "threading.Thread(target=f)"],
+                  ["import abc\nclass T(abc.ABC):\n    candidate = lambda: f\n    candidate = candidate()"],
                   ["import unittest\nclass T(unittest.TestCase):\n    def test(self): assert f(3) == 3\nif __name__ == '__main__': unittest.main()"]):
         outcome = box.check(wrong, tests, entry)
         assert outcome.status == "error" and "never ask the code for anything" in outcome.detail and not outcome.passed
@@ -1271,6 +1286,7 @@ def test_tests_that_ask_the_code_nothing_are_no_pass(box, entry):
     assert box.check("f = 3", ["assert f == 3"], entry).passed, "a plain value is an answer"
     assert box.check("f = 3", [check], entry).status == box.check("f, k = 3, 4", [check], ["f", "k"]).status == "error", "if it is looked at"
     assert box.check(wrong, ["assert 1 + 1 == 2", "assert f(3) == -3"], entry).passed, "one that asks is enough"
+    assert box.check(wrong, ["assert f(2) == -2 and fractions.Fraction(1, 2) == 0.5"], entry).passed, "a module is there, imported or not"
     assert "SyntaxError" in box.check("x = (", ["assert 1 + 1 == 2"], None).detail
 
 

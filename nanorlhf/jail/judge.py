@@ -78,6 +78,14 @@ class Session:
         return value._remote[1]
 
 
+def _told(name):
+    """What Python would answer from `Remote`, and not from the code's. `staticmethod(f)` reads it too, so it asks nothing yet."""
+    def told(self):
+        self._remote[0].asked -= 1
+        return self._remote[0].ask("getattr", self, name)
+    return property(told)
+
+
 class Remote:
     """What stayed in the child, since it is not a plain value: a function, an instance, an iterator. Each use is a
     question. It equals nothing but itself, whatever its own __eq__ says."""
@@ -85,9 +93,7 @@ class Remote:
     def __init__(self, session, number, name):
         object.__setattr__(self, "_remote", (session, number, name))
 
-    # What Python would answer from this class, and not from the code's: that there is a docstring, for one.
-    __doc__, __name__, __dict__ = (property(lambda self, _name=_name: self._remote[0].ask("getattr", self, _name))
-                                   for _name in ("__doc__", "__name__", "__dict__"))
+    __doc__, __name__, __dict__ = map(_told, ("__doc__", "__name__", "__dict__"))
 
     def __call__(self, /, *args, **kwargs):
         return self._remote[0].ask("call", self, *args, **kwargs)
