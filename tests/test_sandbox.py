@@ -321,6 +321,7 @@ PROGRAMS = {
                ["try:\n    f(-1)\n    raised = False\nexcept ValueError as e:\n    raised = 'negative' in str(e)\nassert raised"]),
     "raises its own error": ("class E(KeyError): pass\ndef f(): raise E('k')", ["try:\n    f()\nexcept KeyError:\n    pass\nelse:\n    assert False"]),
     "an end of the process is an Exception to a test": ("def f(): raise SystemExit(3)", ["try:\n    f()\n    raised = False\nexcept Exception:\n    raised = True\nassert raised"]),
+    "an exception of two megabytes": ("def f(): raise ValueError('x' * (2 << 20))", ["try:\n    f()\nexcept ValueError as e:\n    said = str(e)\nassert said[:2] == 'xx'"]),
     "UnicodeDecodeError": ("def f(): return b'\\xff'.decode()", ["try:\n    f()\nexcept UnicodeDecodeError:\n    pass\nelse:\n    assert False"]),
     "check(candidate)": ("def f(x): return -x", ["def check(candidate):\n    assert candidate(1) == -1\n    assert all(candidate(i) == -i for i in range(5))\ncheck(f)"]),
     "math in the test": ("def f(x): return x ** .5", ["assert math.isclose(f(2), 1.41421356, rel_tol=1e-6)"]),
