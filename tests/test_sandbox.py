@@ -891,6 +891,7 @@ def test_check(box):
     assert (own.status, own.detail) == ("error", "AssertionError: too small")
     assert box.check("def g(x): pass", "assert f(1)").detail == "NameError: the code does not define f"
     assert box.check("def f(:", "assert f(1)").detail.startswith("SyntaxError")
+    assert "more than 1048576 characters" in box.check("def f(x): return x" + " " * (1 << 20), "assert f(1)").detail
     ended = box.check("import os\ndef f(x): os._exit(3)", "assert f(1)")
     assert ended.status == "crashed" and "exit code 3" in ended.detail
     ended = box.check("import ctypes\ndef f(x): ctypes.string_at(0)", "assert f(1)")
