@@ -19,16 +19,17 @@ USUAL = """__future__ collections.abc copy dataclasses datetime functools heapq 
 operator random re string typing unicodedata _bz2 _ctypes _decimal _hashlib _lzma pyexpat _sqlite3 _ssl _strptime _uuid
 zlib encodings.ascii encodings.cp1252 encodings.idna encodings.latin_1 encodings.unicode_escape encodings.utf_8_sig"""
 # What code may be expected to want beside them.
-MORE = """abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs colorsys concurrent.futures.thread
-configparser contextlib contextvars csv ctypes decimal difflib dis email.message email.mime.multipart email.mime.text
-email.utils enum errno filecmp fileinput fnmatch fractions gc getopt getpass glob graphlib gzip gettext hashlib hmac html
-html.parser http.client http.cookies importlib.util inspect io ipaddress keyword linecache locale logging lzma mimetypes
-mmap multiprocessing numbers optparse os.path pathlib pickle pkgutil platform plistlib pprint queue quopri reprlib sched
-secrets select selectors shelve shlex shutil signal socket sqlite3 ssl stat statistics stringprep struct subprocess
-symtable tarfile tempfile textwrap threading time timeit token tokenize tomllib traceback types unittest unittest.mock
-urllib.parse urllib.request uuid warnings weakref xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils zipfile zoneinfo
-encodings.base64_codec encodings.cp437 encodings.hex_codec encodings.punycode encodings.raw_unicode_escape
-encodings.rot_13 encodings.utf_16 encodings.utf_16_be encodings.utf_16_le encodings.utf_32 encodings.zlib_codec"""
+MORE = """abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs colorsys
+concurrent.futures.thread configparser contextlib contextvars csv ctypes decimal difflib dis email.message
+email.mime.multipart email.mime.text email.utils enum errno filecmp fileinput fnmatch fractions gc getopt getpass glob
+graphlib gzip gettext hashlib hmac html html.parser http.client http.cookies importlib.util inspect io ipaddress keyword
+linecache locale logging lzma mimetypes mmap multiprocessing.dummy numbers optparse os.path pathlib pickle pkgutil
+platform plistlib pprint queue quopri reprlib sched secrets select selectors shelve shlex shutil signal socket sqlite3
+ssl stat statistics stringprep struct subprocess symtable tarfile tempfile textwrap threading time timeit token tokenize
+tomllib traceback tracemalloc types unittest unittest.mock urllib.parse urllib.request uuid warnings weakref
+xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils zipfile zoneinfo encodings.base64_codec encodings.cp437
+encodings.hex_codec encodings.punycode encodings.raw_unicode_escape encodings.rot_13 encodings.utf_16
+encodings.utf_16_be encodings.utf_16_le encodings.utf_32 encodings.zlib_codec"""
 
 
 def main(config, control):
