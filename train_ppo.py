@@ -238,9 +238,13 @@ def explained_variance(values, returns, mask):
 
 def rollout_numbers(batch):
     """What the log says of all responses of a step, also of those that cannot be scored."""
-    kl, k3 = ((kl_estimate(batch.logprobs, batch.ref_logprobs, kind) * batch.response_mask).sum(1).mean().item() for kind in ("k1", "k3"))
-    return {"objective/kl": kl, "objective/kl_k3": k3, "response/length": batch.lengths.float().mean().item(),
-            "response/eos": batch.ended.float().mean().item(), "response/distinct": distinct_n(batch.responses)}
+    def kl(estimator):
+        """Of a response: the sum over its tokens, averaged over the responses."""
+        return (kl_estimate(batch.logprobs, batch.ref_logprobs, estimator) * batch.response_mask).sum(1).mean().item()
+
+    return {"objective/kl": kl("k1"), "objective/kl_k2": kl("k2"), "objective/kl_k3": kl("k3"),
+            "response/length": batch.lengths.float().mean().item(), "response/eos": batch.ended.float().mean().item(),
+            "response/distinct": distinct_n(batch.responses)}
 
 
 def reward_numbers(reward):

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -183,7 +184,7 @@ def test_ppo_logs_what_it_should(ppo):
     assert [row["step"] for row in steps] == [1, 2]
     assert [row["step"] for row in rows if "eval/reward" in row] == [0, 1, 2]
     assert set(steps[0]) >= {
-        "objective/score", "objective/score_std", "objective/rewards", "objective/kl", "objective/kl_k3",
+        "objective/score", "objective/score_std", "objective/rewards", "objective/kl", "objective/kl_k2", "objective/kl_k3",
         "objective/kl_coef",
         "loss/total", "loss/policy", "loss/value", "policy/entropy", "policy/approx_kl", "policy/clipfrac",
         "policy/ratio",
@@ -1336,6 +1337,20 @@ def test_final_scores_by_hand():
     subtract = settings(train_ppo, "--missing-eos-penalty", "0.5", "--missing-eos-mode", "subtract")
     assert train_ppo.final_scores(scores, ended, subtract).tolist() == [1, 1.5]
     assert scores.tolist() == [1, 2], "the argument stays as it is"
+
+
+def test_rollout_numbers_by_hand():
+    """Log-ratios of policy to reference: log 2 and log 2 in the first response, log 4 in the second, and 9 in a slot that is masked.
+    k1: (2 log 2 + log 4) / 2. k2: halves of the squares, (2 (log 2)^2 / 2 + (log 4)^2 / 2) / 2. k3 = e^-d - 1 + d:
+    (2 (1/2 - 1 + log 2) + 1/4 - 1 + log 4) / 2. Lengths 2 and 1; the first ended. Texts "a b" and "a": one pair, different."""
+    log2 = math.log(2)
+    batch = SimpleNamespace(
+        logprobs=torch.tensor([[-1.0, -1.0], [-1.0, 9.0]]), ref_logprobs=torch.tensor([[-1.0 - log2, -1.0 - log2], [-1.0 - 2 * log2, 0.0]]),
+        response_mask=torch.tensor([[True, True], [True, False]]), lengths=torch.tensor([2, 1]), ended=torch.tensor([True, False]),
+        responses=["a b", "a"])
+    assert train_ppo.rollout_numbers(batch) == {
+        "objective/kl": pytest.approx(2 * log2), "objective/kl_k2": pytest.approx(1.5 * log2 ** 2),
+        "objective/kl_k3": pytest.approx((4 * log2 - 1.75) / 2), "response/length": 1.5, "response/eos": 0.5, "response/distinct": 1.0}
 
 
 def test_scores_are_clipped_before_the_penalty():
