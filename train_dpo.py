@@ -191,6 +191,7 @@ def train(config):
     tokenizer = Tokenizer.from_pretrained(folder)
     policy, reference = GPT2.from_pretrained(checkpoint or folder).to(device), GPT2.from_pretrained(folder).to(device)
     tokenizer.check_fits(policy.config.vocab_size, folder)
+    policy.config.eos_token_id = tokenizer.eos_id  # where transformers' generate must stop, whatever the folder says
     policy.check_length(config.max_query + config.max_response)
     encoded, held_out = encode(tokenizer, train_pairs, config), encode(tokenizer, validation_pairs, config)
     print(f"data: {splits.source}; {len(encoded)} training and {len(held_out)} validation pairs\n"

@@ -310,6 +310,7 @@ def train(config):
     reference = GPT2.from_pretrained(folder).to(device).requires_grad_(False)
     actor = PolicyWithValue.from_pretrained(checkpoint or folder).to(device)
     tokenizer.check_fits(reference.config.vocab_size, folder)
+    actor.policy.config.eos_token_id = tokenizer.eos_id  # where transformers' generate must stop, whatever the folder says
     reference.check_length(config.max_query + config.max_response)
     check_reward(reward, reward_name, splits, config)
     queries, cut = encode_queries(tokenizer, [row.prompt for row in splits.train], config.template, config.max_query)

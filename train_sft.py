@@ -78,6 +78,7 @@ def build(config, splits, source):
     if source:
         model, tokenizer = GPT2.from_pretrained(source), Tokenizer.from_pretrained(source)
         tokenizer.check_fits(model.config.vocab_size, f"--model {source}")
+        model.config.eos_token_id = tokenizer.eos_id  # the end that is learned: where transformers' generate must stop, whatever the source says
     else:
         tokenizer = Tokenizer.train([text for row in splits.train for text in (row.prompt, row.answer)], config.vocab_size)
         model = GPT2.from_config(GPT2Config(

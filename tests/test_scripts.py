@@ -224,6 +224,25 @@ def test_final_loads_in_transformers(run, request):
     assert GPT2.from_pretrained(folder / "best").num_parameters() == theirs.num_parameters()
 
 
+@pytest.mark.parametrize("script", ["train_sft", "train_ppo", "train_dpo"])
+def test_final_ends_where_training_did_whatever_its_source_said(home, tmp_path, script):
+    """A GPT-2 made with transformers' default config says EOS 50256, whatever its tokenizer's is: `final` said so too, and
+    transformers' generate went on behind every answer."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(home / "runs" / "sft" / "final", tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"eos_token_id": 50256}))
+    given = {"train_sft": ["--model", str(tmp_path / "source"), "--epochs", "1", "--eval-rows", "1"],
+             "train_ppo": ["--policy", str(tmp_path / "source"), "--reward", "length", *PPO],
+             "train_dpo": ["--policy", str(tmp_path / "source"), "--data", str(home / "runs" / "reward" / "preferences.jsonl"), "--epochs", "1"]}
+    data = [] if script == "train_dpo" else ["--data", str(home / "data.jsonl")]
+    assert launch(script, "--out", str(tmp_path / "run"), *data, *TEXT, *given[script]) == 0
+    final = tmp_path / "run" / "final"
+    eos = Tokenizer.from_pretrained(final).eos_id
+    assert transformers.AutoConfig.from_pretrained(final).eos_token_id == eos
+    assert transformers.GenerationConfig.from_pretrained(final).eos_token_id == eos
+
+
 def test_final_is_the_best(ppo):
     """The model kept is the one with the best validation reward, not the last."""
     evaluations = {row["step"]: row["eval/reward"] for row in log(ppo[1]) if "eval/reward" in row}
