@@ -37,6 +37,7 @@ from nanorlhf.reward import RewardModel
 from nanorlhf.rollout import roll_out, score_tokens
 from nanorlhf.run import adamw, learning_rate, main
 from nanorlhf.status import status
+from nanorlhf.terms import RULES, Combination, Term
 from nanorlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1549,6 +1550,16 @@ def test_a_reward_with_the_wrong_number_of_scores(home, bad, monkeypatch, capsys
     error = capsys.readouterr().err
     assert f"scores for {count or ''}" in error and ": error: the reward" in error.splitlines()[-1]
     assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("reward, excused", [(lambda *columns: [float("nan")] * len(columns[0]), True), (lambda *columns: [float("inf")] * len(columns[0]), False),
+                                             (Combination([Term("length", 1e300, RULES["length"])]), False)], ids=["nan", "inf", "sum"])
+def test_only_a_nan_is_told_that_a_sum_leaves_it_out(reward, excused):
+    """The advice was given for infinities too, which no sum leaves out, and for sums: --reward '1*1e300*length'."""
+    rows = [Record("a", reference="b")]
+    with pytest.raises(InputError, match="not finite; mend it") as found:
+        train_ppo.check_reward(reward, "mine:f", Splits(rows, rows, rows), SimpleNamespace(eval_rows=1, reward=["mine:f"]))
+    assert ("'1*mine:f'" in str(found.value)) == excused
 
 
 @pytest.mark.parametrize("rows, words", [(4, "validation: the reward is not finite for 4 of 4 responses: rows words2"),
