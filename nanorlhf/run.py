@@ -215,7 +215,10 @@ def check_run(config):
     if not (out / "config.toml").is_file():
         if overwrite or any(out.glob(UNBORN)):
             return None
-        raise InputError(f"--resume: {out} holds no run; leave --resume out to start one")
+        told = Path(getattr(config, "config_sources", {}).get("out", ""))  # who named it: a run's own config.toml, after --config
+        moved = told.name == "config.toml" and (told.parent / INPUTS).is_file()
+        raise InputError(f"--resume: {out} holds no run; " + (f"if {told.parent} is that run, moved, pass --out {told.parent} too" if moved else
+                                                              "leave --resume out to start one"))
     changed, finished = changes(config, out), (out / "results.json").is_file()
     if changed and overwrite:
         return None

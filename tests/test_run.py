@@ -257,6 +257,19 @@ def test_the_saved_config_does_not_overwrite_or_resume_by_itself(run):
         Run(again)
 
 
+def test_a_run_that_was_moved_is_resumed_where_it_is(tmp_path):
+    """Its config.toml names the folder where it was; the advice was to leave --resume out, which starts it anew there."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    Run(settings("--out", str(old)), inputs={"data set": ["a row"]}).close()
+    old.rename(new)
+    resumed = ["--config", str(new / "config.toml"), "--resume"]
+    with pytest.raises(InputError, match=f"{old} holds no run; if {new} is that run, moved, pass --out {new} too"):
+        runs.check_run(settings(*resumed))
+    assert runs.check_run(settings(*resumed, "--out", str(new))) is None
+    with pytest.raises(InputError, match="leave --resume out"):
+        runs.check_run(settings(*resumed, "--out", str(tmp_path / "another")))
+
+
 def test_a_second_resume_leaves_the_living_run_alone(run):
     """What is half-written belongs to the process that holds the lock."""
     partial = run.folder / "checkpoints" / ".step-6.partial"
