@@ -7,6 +7,7 @@ import torch
 
 from nanorlhf.checkpoint import stream
 from nanorlhf.data import format_query
+from nanorlhf.errors import InputError
 from nanorlhf.tokenizer import pad
 
 
@@ -14,8 +15,12 @@ def encode_queries(tokenizer, prompts, template, max_query):
     """Token ids of each query; one longer than max_query loses its beginning, the far end from the response.
 
     Returns: list of id lists, and how many were cut.
+    Errors: InputError for a query without any token: there is nothing to continue.
     """
     rows = [tokenizer.encode(format_query(prompt, template)) for prompt in prompts]
+    if bare := [prompt for prompt, row in zip(prompts, rows) if not row]:
+        raise InputError(f"the tokenizer knows no part of {len(bare)} of {len(rows)} queries, such as that of the prompt {bare[0][:40]!r}: train a "
+                         "byte-level one with all 256 bytes, or remove these rows")
     return [row[-max_query:] for row in rows], sum(len(row) > max_query for row in rows)
 
 

@@ -1,7 +1,9 @@
 """Texts to batches: cutting and its counts, joined masks by hand, picked logits against full ones, batches."""
 import pytest
+import tokenizers
 import torch
 
+from nanorlhf.errors import InputError
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.sequences import encode_queries, encode_responses, epoch_batches, join, predict, shuffled_batches
 from nanorlhf.tokenizer import Tokenizer
@@ -40,6 +42,17 @@ def test_queries_lose_their_beginning(tokenizer):
 def test_queries_follow_the_template(tokenizer):
     rows, _ = encode_queries(tokenizer, ["a + b"], "# {prompt} {x}\n>>> ", 1000)
     assert tokenizer.decode(rows[0]) == "# a + b {x}\n>>> "
+
+
+def test_a_query_without_any_token_is_named():
+    """A BPE that was not given all bytes leaves out what it does not know. Such a query was met only in `generate`, after an epoch
+    of training, as one that was padded on the wrong side; in DPO it cost the first token of its response."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0, "a": 1, "b": 2}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    narrow = Tokenizer(backend, "gpt2", {"eos_token": "<|endoftext|>"})
+    assert encode_queries(narrow, ["ab", "\u65e5a"], "{prompt}\n", 10) == ([[1, 2], [1]], 0)
+    with pytest.raises(InputError, match="knows no part of 1 of 2 queries, such as that of the prompt '\u65e5'"):
+        encode_queries(narrow, ["ab", "\u65e5"], "{prompt}\n", 10)
 
 
 def test_responses_end_with_eos_or_lose_their_end(tokenizer):
