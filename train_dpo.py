@@ -75,7 +75,7 @@ import torch
 from tqdm import tqdm
 
 from nanorlhf import hf, pipeline
-from nanorlhf.data import open_data, read
+from nanorlhf.data import called, open_data, read
 from nanorlhf.evaluation import add_execution, add_rewards, answer, known, open_sandbox, report, summary
 from nanorlhf.feedback import PAIR_FILES
 from nanorlhf.gpt2 import GPT2
@@ -238,7 +238,7 @@ def train(config):
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + value * len(rows) / len(batch)
             rate = set_lr(optimizer, lr * linear_decay(step, total_steps, warmup_steps))
-            grad_norm = optimiser_step(optimizer, sums["loss"], config.max_grad_norm, step, [train_pairs[i].id for i in batch])
+            grad_norm = optimiser_step(optimizer, sums["loss"], config.max_grad_norm, step, [called(train_pairs[i]) for i in batch])
             run.log(step, {**sums, "lr": rate, "grad_norm": grad_norm, "epoch": epoch})
             bar.update()
             bar.set_postfix(loss=f"{sums['loss']:.3f}", reward=f"{sums['rewards/margin']:.2f}",

@@ -127,7 +127,7 @@ from tqdm import tqdm
 from nanorlhf import hf, pipeline
 from nanorlhf.advantages import AdaptiveKLController, FixedKLController, shape_rewards
 from nanorlhf.checkpoint import stream
-from nanorlhf.data import open_data
+from nanorlhf.data import called, open_data
 from nanorlhf.evaluation import add_execution, add_rewards, answer, check_finite, in_words, known, open_sandbox, report, summary
 from nanorlhf.gpt2 import GPT2, PolicyWithValue
 from nanorlhf.logprobs import kl_estimate
@@ -401,7 +401,7 @@ def train(config):
 
             # 5. Epochs of minibatches.
             rate = set_lr(optimizer, lr * linear_decay(step, config.steps))
-            stats = update(actor, optimizer, batch, advantages, returns, config, step, [r.id for r in records], ops)
+            stats = update(actor, optimizer, batch, advantages, returns, config, step, [called(r) for r in records], ops)
 
             # 6. KL controller, log, evaluate, save.
             log(step, {

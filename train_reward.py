@@ -67,7 +67,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorlhf.data import Splits, check_leakage, normalise, open_data
+from nanorlhf.data import Splits, called, check_leakage, normalise, open_data
 from nanorlhf.errors import InputError, naming
 from nanorlhf.evaluation import answer, open_sandbox
 from nanorlhf.feedback import PAIR_FILES, read_pairs, write_pairs
@@ -297,7 +297,7 @@ def train(config):
                 loss_sum += loss.item() * share
                 add(totals, stats)
             rate = set_lr(optimizer, lr * linear_decay(step, total_steps, warmup_steps))
-            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step, [train_rows[i]["id"] for i in batch])
+            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step, [called(train_rows[i]) for i in batch])
             run.log(step, {"loss": loss_sum, **means(totals), "lr": rate, "grad_norm": grad_norm, "epoch": epoch})
             bar.update()
             bar.set_postfix(loss=f"{loss_sum:.3f}", **{name: f"{value:.2f}" for name, value in means(totals).items()}, refresh=False)

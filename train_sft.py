@@ -62,7 +62,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from nanorlhf.data import open_data
+from nanorlhf.data import called, open_data
 from nanorlhf.evaluation import answer, in_words, known, summary
 from nanorlhf.gpt2 import GPT2, GPT2Config
 from nanorlhf.losses import sft_loss
@@ -172,7 +172,7 @@ def train(config):
                 loss.backward()
                 loss_sum += loss.item()
             rate = set_lr(optimizer, lr * linear_decay(step, total_steps, warmup_steps))
-            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step, [splits.train[i].id for i in batch])
+            grad_norm = optimiser_step(optimizer, loss_sum, config.max_grad_norm, step, [called(splits.train[i]) for i in batch])
             run.log(step, {"loss": loss_sum, "lr": rate, "grad_norm": grad_norm, "epoch": epoch})
             bar.update()
             bar.set_postfix(loss=f"{loss_sum:.3f}", refresh=False)

@@ -114,6 +114,12 @@ class Splits:
                       {name: rows[:count] for name, rows in self.extra.items()}, f"{self.source}, the first {count} rows", self.kind, self.drawn)
 
 
+def called(row):
+    """What messages call a row, a Record or a dict with id and prompt: its id, or without one the beginning of its prompt."""
+    name, prompt = (row["id"], row["prompt"]) if isinstance(row, dict) else (row.id, row.prompt)
+    return _show(prompt) if name is None else str(name)
+
+
 def format_query(prompt, template="{prompt}\n"):
     """The text the policy continues: `template` with {prompt} replaced; other braces stay as they are."""
     if "{prompt}" not in template:

@@ -11,6 +11,7 @@ import torch
 
 from nanorlhf import metrics
 from nanorlhf.config import asked
+from nanorlhf.data import called
 from nanorlhf.errors import InputError
 from nanorlhf.metrics.bootstrap import paired_bootstrap
 from nanorlhf.metrics.execution import passes_checks
@@ -127,7 +128,7 @@ def check_finite(scores, rows, when, reward):
     leaves_out = getattr(reward, "leaves_out", False)
     bad = torch.nonzero(scores.isinf() if leaves_out else ~scores.isfinite()).flatten().tolist()
     if bad:
-        names = [str(row["id"] if isinstance(row, dict) else row.id) for row in (rows[i] for i in bad[:5])]
+        names = [called(rows[i]) for i in bad[:5]]
         raise RunFailed(f"{when}: the reward is not finite for {len(bad)} of {len(rows)} responses: rows {', '.join(names)}")
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from nanorlhf import evaluation, ops, pipeline, plots, run
 from nanorlhf.advantages import gae, shape_rewards
 from nanorlhf.config import options, parse, replace, save
-from nanorlhf.data import Record, Splits
+from nanorlhf.data import Record, Splits, called
 from nanorlhf.encoder import Encoder, EncoderConfig
 from nanorlhf.errors import InputError
 from nanorlhf.feedback import PAIR_FILES
@@ -35,7 +35,7 @@ from nanorlhf.metrics import METRIC_NAMES, conala_bleu
 from nanorlhf.monitor import Alarm, Monitor
 from nanorlhf.reward import RewardModel
 from nanorlhf.rollout import roll_out, score_tokens
-from nanorlhf.run import adamw, learning_rate, main
+from nanorlhf.run import RunFailed, adamw, learning_rate, main
 from nanorlhf.status import status
 from nanorlhf.terms import RULES, Combination, Term
 from nanorlhf.tokenizer import Tokenizer
@@ -1550,6 +1550,29 @@ def test_a_reward_with_the_wrong_number_of_scores(home, bad, monkeypatch, capsys
     error = capsys.readouterr().err
     assert f"scores for {count or ''}" in error and ": error: the reward" in error.splitlines()[-1]
     assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_without_ids_are_named_by_their_prompts(home, tmp_path, capsys, script):
+    """Rows of one's own have no ids: "its rows are None, None; look at them" said nothing."""
+    rows = [{"prompt": f"add {number} to {name}", "reference": f"{name} + {number}"} for number in range(10) for name in ("xs", "rows")]
+    pairs = [{"prompt": row["prompt"], "chosen": row["reference"], "rejected": "xs"} for row in rows]
+    data, sft = write_rows(tmp_path / "rows.jsonl", pairs if script in ("train_reward", "train_dpo") else rows), str(home / "runs" / "sft")
+    few = ["--batch-size", "4"]
+    given = {"train_sft": ["--model", sft, *few], "train_reward": ["--model", sft, *few], "train_dpo": ["--policy", sft, *few],
+             "train_ppo": ["--policy", sft, "--reward", "length", *PPO[:-2]]}
+    assert launch(script, "--data", data, "--out", str(tmp_path / "run"), "--lr", "1e30", *(TEXT[-2:] if script == "train_reward" else TEXT),
+                  *given[script]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "; its rows are 'add " in line and "None" not in line
+
+
+def test_what_messages_call_a_row():
+    assert called(Record("a", id="7")) == called({"id": "7", "prompt": "a"}) == "7"
+    assert called(Record("a\nb")) == called({"id": None, "prompt": "a\nb"}) == r"'a\nb'"
+    assert len(called(Record("long " * 99))) == 40
+    with pytest.raises(RunFailed, match="is not finite for 1 of 2 responses: rows 'second'$"):
+        evaluation.check_finite(torch.tensor([0.0, float("nan")]), [Record("first"), Record("second")])
 
 
 @pytest.mark.parametrize("reward, excused", [(lambda *columns: [float("nan")] * len(columns[0]), True), (lambda *columns: [float("inf")] * len(columns[0]), False),
