@@ -40,7 +40,7 @@ import torch
 
 from nanorlhf import checkpoint
 from nanorlhf import config as configuration
-from nanorlhf.data import sha256
+from nanorlhf.data import SUFFIXES, sha256
 from nanorlhf.errors import InputError
 
 
@@ -314,10 +314,10 @@ class OtherInputs(Exception):
 
 
 def fingerprint(what):
-    """sha256 of a file, of the settings, weights and vocabulary in a folder (a Path each), or of what the rows of a list say."""
+    """sha256 of a file, of the settings, weights and vocabulary or the data in a folder (a Path each), or of what the rows of a list say."""
     if isinstance(what, Path) and what.is_dir():
         lines = [f"{path.name} {sha256(path)}" for path in sorted(what.iterdir()) if path.is_file() and not path.name.startswith(".")
-                 and path.suffix in (".json", ".safetensors", ".bin", ".txt")]
+                 and path.suffix.lower() in (*SUFFIXES, ".safetensors", ".bin", ".txt")]
     else:
         lines = [sha256(what)] if isinstance(what, Path) else map(repr, what)
     found = hashlib.sha256()

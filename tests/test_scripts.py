@@ -775,7 +775,7 @@ def test_fingerprints_are_of_what_is_said(tmp_path):
     for name in ("README.md", ".DS_Store", ".hidden.json"):  # what comes and goes beside a model
         (tmp_path / "b" / name).touch()
     assert run.fingerprint(tmp_path / "b") == a
-    for name in ("model.safetensors", "pytorch_model.bin", "merges.txt"):
+    for name in ("model.safetensors", "pytorch_model.bin", "merges.txt", "train.jsonl", "train.csv", "train.TSV"):  # --ratings may be a folder of data
         (tmp_path / "b" / name).touch()
         assert run.fingerprint(tmp_path / "b") != a
         (tmp_path / "b" / name).unlink()
