@@ -497,7 +497,8 @@ class Run:
         """Write best/ if the validation score is the best so far; count the evaluations since otherwise."""
         if score is None or not np.isfinite(score):
             found = "not known, no validation row could be scored" if score is None else str(score)
-            raise RunFailed(f"step {step}: the validation score is {found}; look at the reward and at the last lines of metrics.jsonl")
+            raise RunFailed(f"step {step}: the validation score is {found}; look at the last lines of metrics.jsonl and at the reward, if there is "
+                            "one, or lower --lr")
         if score > self.best_score:
             self.best_score, self.best_step, self.misses = score, step, 0
             self.save("best", write)
