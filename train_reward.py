@@ -67,6 +67,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nanorlhf import hf
 from nanorlhf.data import Splits, called, check_leakage, normalise, open_data
 from nanorlhf.errors import InputError, naming
 from nanorlhf.evaluation import answer, open_sandbox
@@ -267,7 +268,8 @@ def train(config):
     print(f"data: {splits.source}{f' and {config.ratings}' if config.ratings else ''}; {len(pairs[0])} pairs and "
           f"{len(train_rows) - len(pairs[0])} ratings to train on, {len(pairs[1])} and {len(held_out) - len(pairs[1])} for validation")
 
-    run = Run(config, checkpoint, {"data set": splits.train + splits.validation} | ({"set of ratings": Path(config.ratings)} if config.ratings else {}))
+    run = Run(config, checkpoint, {"data set": splits.train + splits.validation} | ({"set of ratings": Path(config.ratings)} if config.ratings else {})
+              | ({"policy": hf.resolve(config.policy or Path(config.out).parent / "sft")} if policy is not None else {}))
     if pairs[0]:
         for name, rows in zip(PAIR_FILES, pairs):
             write_pairs(run.folder / name, rows)

@@ -737,6 +737,21 @@ def test_every_script_knows_what_it_was_begun_with(home, tmp_path, monkeypatch, 
         assert launch(script, *words, "--out", out, "--resume") == 2 and "not the inputs of a run" in capsys.readouterr().err
 
 
+def test_a_reward_model_is_not_resumed_with_another_policy_unawares(home, tmp_path, monkeypatch, capsys):
+    """Gain and bias were set on the samples of whatever policy stood there at the end, the pairs made of another's."""
+    shutil.copytree(home / "runs" / "sft" / "final", tmp_path / "sft")
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", str(home / "data.jsonl"), "--out", "reward", "--save-steps", "1", *TEXT, *REWARD]
+    stop_after(1, monkeypatch, train_reward, *words)
+    policy = GPT2.from_pretrained("sft")
+    with torch.no_grad():
+        next(policy.parameters()).add_(0.01)
+    policy.save_pretrained("sft")
+    assert launch("train_reward", *words, "--resume") == 2
+    assert "--resume: reward was begun with another policy" in capsys.readouterr().err
+    assert launch("train_reward", *words, "--resume", "--allow-config-change") == 0
+
+
 @pytest.mark.parametrize("what", ["data set", "policy", "reward model 1", "reward model 2"])
 def test_a_run_is_not_resumed_with_other_inputs_unawares(home, tmp_path, monkeypatch, capsys, what):
     """The same paths, with another model, or other rows, in them: said and refused; gone on with where that is asked for, and then known."""
