@@ -14,7 +14,7 @@ metrics that could not be computed) stand with their numbers in the results and 
 """
 from dataclasses import dataclass
 
-from nanorlhf.config import asked, option, parse
+from nanorlhf.config import asked, option, parse, replace
 from nanorlhf.errors import InputError
 from nanorlhf.options import DataOptions, RunOptions, SandboxOptions
 
@@ -75,8 +75,8 @@ from nanorlhf.metrics.bootstrap import corpus_bootstrap, paired_corpus_bootstrap
 from nanorlhf.metrics.counted import COUNTED
 from nanorlhf.metrics.honesty import assess, finding
 from nanorlhf.metrics.ruby import ruby_quality
-from nanorlhf.pipeline import check_policy
-from nanorlhf.run import Run, check_run, main, pick_device, seed_everything
+from nanorlhf.pipeline import check_policy, run_of
+from nanorlhf.run import Run, check_run, main, pick_device, read_config, seed_everything
 from nanorlhf.terms import ExecutionReward, load_reward, needs_execution
 from nanorlhf.tokenizer import Tokenizer
 
@@ -97,6 +97,18 @@ def policies(config):
             found += steps
         found.append(name)
     return list(dict.fromkeys(str(name) for name in found))
+
+
+def as_trained(config):
+    """The options with the longest query and response of the policies' own runs, where no length was given: a shorter one would cut
+    answers that they were trained to give."""
+    theirs = [read_config(run) for name in config.model if (run := run_of(Path(name)))]
+    found = {name: max(options[name] for options in theirs) for name in ("max_query", "max_response")
+             if theirs and getattr(config, "config_sources", {}).get(name) == "default"}
+    other = [f"--{name.replace('_', '-')} {value}" for name, value in found.items() if value != getattr(config, name)]
+    if other:
+        print(f"{', '.join(other)}: as in the policies' own runs")
+    return replace(config, **found)
 
 
 def read_predictions(path, split, records):
@@ -286,6 +298,7 @@ def draw(config, folder, names, results, targets):
 
 def run_evaluation(config):
     check_run(config)
+    config = as_trained(config)
     device = pick_device(config.gpu, config.device)
     seed_everything(config.seed)
     targets = read_targets(config.targets)

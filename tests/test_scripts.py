@@ -810,6 +810,18 @@ def test_another_kl_coef_takes_effect_on_resume(home, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
+@pytest.mark.parametrize("words, lengths", [
+    ([], (20, 8)),  # those of runs/sft
+    (["--max-response", "32"], (20, 32)),  # what is given holds, also where it is the default
+    (["--preset", "research"], (128, 128))])
+def test_eval_asks_for_answers_as_long_as_the_runs_own(home, words, lengths, capsys):
+    """32 tokens cut the answers of a model that was trained to give 64."""
+    config = parse(evaluation_script.Config, evaluation_script.PRESETS, ["--model", str(home / "runs" / "sft" / "final"), *words], prog="eval.py")
+    found = evaluation_script.as_trained(config)
+    assert (found.max_query, found.max_response) == lengths
+    assert ("--max-response 8: as in the policies' own runs" in capsys.readouterr().out) == (not words)
+
+
 def test_eval_runs_the_code(home, checked, tmp_path):
     """pass@1 over n samples is the mean share that passes; the layers are in the results; greedy needs no --samples."""
     words = ["--model", str(home / "runs" / "sft"), "--data", checked, *TEXT, "--temperature", "1.0", "--samples", "5", "--rows", "6",
