@@ -28,7 +28,7 @@ class Config(SandboxOptions, KernelOptions, DataOptions, TrainOptions):
     loss_type: str = option("sigmoid", "the loss", group="DPO", choices=("sigmoid", "ipo", "hinge", "robust"))
     beta: float = option(0.5, "strength of the pull to the reference", above=0)
     label_smoothing: float = option(0.0, "share of pairs assumed to be the wrong way round (sigmoid, robust)", at_least=0, at_most=0.5)
-    reference_free: bool = option(False, "leave the reference's log-probs out of the loss")
+    reference_free: bool = option(False, "leave the reference's log-probs out of the loss, and of the logged rewards")
     ipo_sum: bool = option(False, "for ipo: sums of token log-probs rather than means")
     epochs: int = option(2, "passes over the pairs", group="Optimiser", at_least=1)
     batch_size: int = option(64, "pairs of an optimiser step", at_least=1)

@@ -342,13 +342,14 @@ def train(config):
     def log(step, numbers):
         """Write a line of the log, and heed what the monitor sees in it."""
         run.log(step, numbers)
-        for alarm in monitor.see(step, numbers):
-            alarms.append(alarm)
+        seen = monitor.see(step, numbers)
+        for alarm in seen:
             run.log(step, {"alarm": alarm.name, "message": alarm.message})
             tqdm.write(f"ALARM {alarm.message}")
-            if config.on_alarm == "raise-kl" and cures(alarm):
-                controller.value *= RAISED
-                tqdm.write(f"kl_coef raised to {controller.value:.3g}")
+        alarms.extend(seen)
+        if config.on_alarm == "raise-kl" and any(map(cures, seen)):  # once, however many there are
+            controller.value *= RAISED
+            tqdm.write(f"kl_coef raised to {controller.value:.3g}")
 
     def evaluate(step):
         rows = answer(actor.policy, tokenizer, eval_records, config, config.temperature, reference, seed=config.seed, ops=ops)

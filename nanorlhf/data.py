@@ -711,7 +711,17 @@ def open_data(config, beside=False):
     if not beside and (flags := asked(config, *sorted(idle))):
         raise InputError(f"{flags}: {config.data} has files of its own for what these would split off: leave out")
     leakage = check_leakage(splits, config.allow_overlap)
-    return splits.head(config.max_rows) if config.max_rows else splits, leakage
+    splits = splits.head(config.max_rows) if config.max_rows else splits
+    for line in undecided(splits):
+        print(line)
+    return splits, leakage
+
+
+def undecided(splits):
+    """Lines about pairs whose chosen response is the rejected one: their loss is a constant, and no order of theirs is right."""
+    counts = {name: sum(row.chosen is not None and row.chosen == row.rejected for row in rows) for name, rows in splits.named().items()}
+    return [f"{name}: {count} of {len(splits.named()[name])} pairs have the same response on both sides, which teaches nothing and counts as "
+            "wrong: remove them" for name, count in counts.items() if count]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -815,7 +825,7 @@ def describe(splits):
         counts = [f"{kind} {report[kind]['exact']} ({report[kind]['normalised']} normalised)"
                   for kind in ("intents", "snippets", "pairs", "question_ids") if kind in report]
         lines.append(f"leakage  {pair}: " + ", ".join(counts))
-    return lines
+    return lines + undecided(splits)
 
 
 class _Parser(argparse.ArgumentParser):

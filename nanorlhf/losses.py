@@ -154,7 +154,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
         beta: strength of the implied KL penalty, > 0.
         label_smoothing: share e of pairs assumed to be labelled the wrong way round, 0 <= e <= 0.5 ("robust": < 0.5);
             for "sigmoid" and "robust" only.
-        reference_free: take the reference to be uniform, that is, leave its log-ratio out.
+        reference_free: take the reference to be uniform, that is, leave its log-ratio out; of the rewards too, where the
+            DPO authors' code keeps it.
     Returns: losses (B,), chosen_rewards (B,), rejected_rewards (B,): the implied rewards beta * (log pi - log ref), detached.
     """
     check_shapes(policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps,

@@ -13,8 +13,8 @@ Two kinds of alarm:
 
 An alarm is given once, when it begins, and again only after REST looks without it; with `repeat` also after every REST looks
 that it holds, so that what is done about it is done again. A monitor knows nothing but the rows
-it saw: after a resume `replay` makes it what it was, from the log. To raise the KL penalty: `kl_coef *= RAISED` for
-every alarm that `cures` approves, which a kl_coef of 0 ignores. No torch here: any loop can feed a monitor.
+it saw: after a resume `replay` makes it what it was, from the log. To raise the KL penalty: `kl_coef *= RAISED` where
+`cures` approves of one of the alarms of a look, which a kl_coef of 0 ignores. No torch here: any loop can feed a monitor.
 """
 import math
 import re

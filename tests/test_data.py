@@ -13,7 +13,7 @@ import pytest
 
 from nanorlhf import data
 from nanorlhf.config import parse
-from nanorlhf.data import Record, Splits, check_leakage, format_query, leakage, load_splits, normalise, open_data, read, split
+from nanorlhf.data import Record, Splits, check_leakage, describe, format_query, leakage, load_splits, normalise, open_data, read, split
 from nanorlhf.errors import InputError
 from nanorlhf.options import DataOptions, data_flags
 
@@ -640,3 +640,18 @@ def test_the_module_runs_without_torch():
     """Reading data and --help must stay fast: importing torch alone takes a second or more."""
     code = "import sys, nanorlhf.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1]).returncode == 0
+
+
+def test_pairs_with_one_response_on_both_sides_are_told(tmp_path, capsys):
+    """They cap the accuracy below 1 and keep the loss at log 2, whatever is learned."""
+    pairs = [{"prompt": f"prompt {i}", "chosen": f"x{i}", "rejected": "x0" if i % 2 else f"x{i}"} for i in range(40)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    splits, _ = open_data(DataOptions(data=str(path), validation=0.25, test=0.25))
+    said, equal = capsys.readouterr().out, {name: sum(r.chosen == r.rejected for r in rows) for name, rows in splits.named().items()}
+    assert sum(equal.values()) == 20
+    for name, count in equal.items():
+        assert f"{name}: {count} of {len(splits.named()[name])} pairs have the same response on both sides" in said
+    assert all(line in describe(splits) for line in said.splitlines())
+    open_data(DataOptions(data="nano"))
+    assert not capsys.readouterr().out

@@ -658,20 +658,21 @@ class Nervous(Monitor):
     """A monitor that sees trouble in the first step, whatever it is shown."""
 
     def see(self, step, numbers):
-        return [Alarm("kl_high", step, f"step {step}: too far")] if step == 1 and "objective/kl" in numbers else []
+        return [Alarm(name, step, f"step {step}: too far") for name in ("kl_high", "length")] if step == 1 and "objective/kl" in numbers else []
 
 
 @pytest.mark.parametrize("on_alarm, steps, kl_coef", [("warn", [1, 2], [0.2, 0.2]), ("stop", [1], [0.2]), ("raise-kl", [1, 2], [0.2, 0.3])])
 def test_alarms_are_heeded(home, tmp_path, monkeypatch, capsys, on_alarm, steps, kl_coef):
-    """An alarm in step 1 is said, logged and in the results; it stops the run, or raises kl_coef by half, where that was asked for."""
+    """Two alarms in step 1 are said, logged and in the results; they stop the run, or raise kl_coef by half, once, where that was asked for."""
     monkeypatch.setattr(train_ppo, "Monitor", Nervous)
     out = tmp_path / "ppo"
     assert launch("train_ppo", "--data", str(home / "data.jsonl"), "--policy", str(home / "runs" / "sft"), "--reward", "syntax",
                   "--out", str(out), *TEXT, *PPO, "--on-alarm", on_alarm) == 0
     rows = [row for row in log(out) if "objective/kl" in row]
     assert [row["step"] for row in rows] == steps and [row["objective/kl_coef"] for row in rows] == pytest.approx(kl_coef)
-    assert [(row["step"], row["alarm"]) for row in log(out) if "alarm" in row] == [(1, "kl_high")]
-    assert json.loads((out / "results.json").read_text())["alarms"] == [{"name": "kl_high", "step": 1, "message": "step 1: too far"}]
+    assert [(row["step"], row["alarm"]) for row in log(out) if "alarm" in row] == [(1, "kl_high"), (1, "length")]
+    assert json.loads((out / "results.json").read_text())["alarms"] == [
+        {"name": name, "step": 1, "message": "step 1: too far"} for name in ("kl_high", "length")]
     assert "ALARM step 1: too far" in capsys.readouterr().out
     assert "ALARM step 1: too far" in status(out)[0] and status(out)[1] == 0
     assert ("and ended there: by --patience or --on-alarm stop" in status(out)[0][1]) == (on_alarm == "stop")
