@@ -810,7 +810,6 @@ def test_another_kl_coef_takes_effect_on_resume(home, tmp_path, monkeypatch):
         assert [row["objective/kl_coef"] for row in log(tmp_path / name) if "objective/kl" in row] == pytest.approx([0.2, expected])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
 @pytest.mark.parametrize("words, lengths", [
     ([], (20, 8)),  # those of runs/sft
     (["--max-response", "32"], (20, 32)),  # what is given holds, also where it is the default
@@ -823,6 +822,7 @@ def test_eval_asks_for_answers_as_long_as_the_runs_own(home, words, lengths, cap
     assert ("--max-response 8: as in the policies' own runs" in capsys.readouterr().out) == (not words)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
 def test_eval_runs_the_code(home, checked, tmp_path):
     """pass@1 over n samples is the mean share that passes; the layers are in the results; greedy needs no --samples."""
     words = ["--model", str(home / "runs" / "sft"), "--data", checked, *TEXT, "--temperature", "1.0", "--samples", "5", "--rows", "6",
@@ -1600,7 +1600,7 @@ def test_what_messages_call_a_row():
     assert called(Record("a\nb")) == called({"id": None, "prompt": "a\nb"}) == r"'a\nb'"
     assert len(called(Record("long " * 99))) == 40
     with pytest.raises(RunFailed, match="is not finite for 1 of 2 responses: rows 'second'$"):
-        evaluation.check_finite(torch.tensor([0.0, float("nan")]), [Record("first"), Record("second")])
+        evaluation.check_finite(torch.tensor([0.0, float("nan")]), [Record("first"), Record("second")], "validation", None)
 
 
 @pytest.mark.parametrize("reward, excused", [(lambda *columns: [float("nan")] * len(columns[0]), True), (lambda *columns: [float("inf")] * len(columns[0]), False),
