@@ -2,10 +2,11 @@
 
 Greedy by default; with --temperature 1 the policy is sampled, which is what PPO trained. Where rows carry checks (nano), answers are
 run in the sandbox: execution_accuracy is the share that pass all their checks, and with --samples n pass@k the chance that one of k
-samples does. Every answer is written down, so that each number can be traced to its rows. Every metric has a bootstrap 95 %
-interval over prompts; with several models the paired difference of each to the first has one too, and a p-value. Findings that
-speak against an evaluation (overlap of train and test, repeated, empty, unparsable or copied answers, values too good to be true,
-metrics that could not be computed) stand with their numbers in the results and below the table.
+samples does. Queries and answers may be as long as in the policies' own runs, unless --max-query, --max-response or a preset says
+otherwise. Every answer is written down, so that each number can be traced to its rows. Every metric has a bootstrap 95 % interval
+over prompts; with several models the paired difference of each to the first has one too, and a p-value. Findings that speak against
+an evaluation (overlap of train and test, repeated, empty, unparsable or copied answers, values too good to be true, metrics that
+could not be computed) stand with their numbers in the results and below the table.
 
     python eval.py --model runs/sft runs/ppo runs/dpo
     python eval.py --model runs/ppo --split all --temperature 0.8 --samples 10
@@ -66,7 +67,7 @@ from pathlib import Path
 
 from nanorlhf import plots
 from nanorlhf.checkpoint import step_folders
-from nanorlhf.data import open_data, read_rows
+from nanorlhf.data import called, open_data, read_rows
 from nanorlhf.encoder import Encoder
 from nanorlhf.evaluation import add_execution, add_rewards, answer, answer_row, mean, open_sandbox, write_answers
 from nanorlhf.gpt2 import GPT2
@@ -102,9 +103,9 @@ def policies(config):
 def as_trained(config):
     """The options with the longest query and response of the policies' own runs, where no length was given: a shorter one would cut
     answers that they were trained to give."""
-    theirs = [read_config(run) for name in config.model if (run := run_of(Path(name)))]
-    found = {name: max(options[name] for options in theirs) for name in ("max_query", "max_response")
-             if theirs and getattr(config, "config_sources", {}).get(name) == "default"}
+    theirs, sources = [read_config(run) for name in config.model if (run := run_of(Path(name)))], getattr(config, "config_sources", {})
+    lengths = {name: [options[name] for options in theirs if name in options] for name in ("max_query", "max_response")}
+    found = {name: max(values) for name, values in lengths.items() if values and sources.get(name) == "default"}
     other = [f"--{name.replace('_', '-')} {value}" for name, value in found.items() if value != getattr(config, name)]
     if other:
         print(f"{', '.join(other)}: as in the policies' own runs")
@@ -134,7 +135,7 @@ def read_predictions(path, split, records):
     keys = [str(record.id) if str(record.id) in found else record.prompt for record in records]
     if missing := [record for record, key in zip(records, keys) if key not in found]:
         raise InputError(f"--predictions {path}: no answer to {len(missing)} of {len(records)} prompts of {split}, such as "
-                         f"{missing[0].id or missing[0].prompt[:60]!r}: add them, or evaluate fewer --rows")
+                         f"{called(missing[0])}: add them, or evaluate fewer --rows")
     answers, shared = [found[key] for key in keys], [keys.count(key) for key in keys]  # by how many records a key is shared
     ratios = {len(some) / count for some, count in zip(answers, shared)}
     if len(ratios) == 1 and min(ratios) >= 1 or len({*map(len, answers)}) > 1:

@@ -118,7 +118,7 @@ def open_sandbox(config, splits, needed=False):
     print("sandbox: " + ", ".join(name for name, state in box.layers.items() if state))
     some = [record for rows in splits.named().values() for record in rows[:50] if record.checks and record.reference]
     right = passes_checks(box, [record.reference for record in some], [record.checks for record in some])
-    if wrong := [str(record.id or record.prompt[:60]) for record, passed in zip(some, right) if not passed]:
+    if wrong := [called(record) for record, passed in zip(some, right) if not passed]:
         print(f"references that fail their own checks: {len(wrong)} of the {len(some)} tried, such as {wrong[0]}")
     return box
 

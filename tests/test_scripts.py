@@ -822,6 +822,22 @@ def test_eval_asks_for_answers_as_long_as_the_runs_own(home, words, lengths, cap
     assert ("--max-response 8: as in the policies' own runs" in capsys.readouterr().out) == (not words)
 
 
+def test_eval_of_several_runs_takes_the_longest(home, tmp_path):
+    """Of a run and a longer one; of a model that is no run, or has a config.toml of somebody else's, nothing is known. What was found
+    is in the evaluation's own config.toml, and holds when that is given again."""
+    for name, text in (("long", "max_query = 9\nmax_response = 40\n"), ("theirs", "depth = 3\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(text)
+    def lengths(*words):
+        config = evaluation_script.as_trained(parse(evaluation_script.Config, {}, [*words], prog="eval.py"))
+        save(config, tmp_path / "saved.toml")
+        return config.max_query, config.max_response
+    sft, long, theirs = str(home / "runs" / "sft"), str(tmp_path / "long"), str(tmp_path / "theirs")
+    assert lengths("--model", sft, long, theirs, "gpt2") == lengths("--model", long, sft) == (20, 40)
+    assert lengths("--config", str(tmp_path / "saved.toml"), "--model", sft) == (20, 40)
+    assert lengths("--model", theirs, "gpt2") == lengths("--predictions", "answers.jsonl") == (64, 32)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox's walls need Linux")
 def test_eval_runs_the_code(home, checked, tmp_path):
     """pass@1 over n samples is the mean share that passes; the layers are in the results; greedy needs no --samples."""
