@@ -1308,6 +1308,7 @@ def test_an_object_answers_for_the_code_and_not_for_the_judge(box):
     assert box.check(code, ["assert f(1) == 1 and f.__doc__ is not None"], "f").status == "failed"
     assert box.check(code, ["assert A().x == 1 and len(vars(A())) == 1"], "A").status == "failed"
     assert box.check(code, ["assert g.__doc__ == 'twice' and g.__name__ == 'g'", "assert vars(A()) == A().__dict__ == {'x': 1, 'y': 1}"], ["g", "A"]).passed
+    assert box.check(code, ["assert copy.copy(g)(2) == 4"], "g").passed, "copy reads __dict__ too"
 
 
 def test_threads_of_a_test_may_ask(box):

@@ -109,6 +109,10 @@ class Remote:
 
     __hash__ = object.__hash__
 
+    def __copy__(self):
+        """Another handle would be the same object: `copy` makes one from __dict__, which is the code's."""
+        return self
+
     def __repr__(self):
         return f"<{self._remote[2]} in the sandbox>"
 
