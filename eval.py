@@ -16,7 +16,7 @@ could not be computed) stand with their numbers in the results and below the tab
 from dataclasses import dataclass
 
 from nanorlhf.config import asked, option, parse, replace
-from nanorlhf.errors import InputError
+from nanorlhf.errors import InputError, naming
 from nanorlhf.options import DataOptions, RunOptions, SandboxOptions
 
 OF_MODELS = ("every_checkpoint", "temperature", "top_k", "top_p", "samples", "batch_size", "template", "max_query", "max_response")
@@ -317,7 +317,8 @@ def run_evaluation(config):
     encoder = (Encoder.from_pretrained(config.encoder).to(device), Tokenizer.from_pretrained(config.encoder)) if config.encoder else None
     models = {name: (GPT2.from_pretrained(name).to(device), Tokenizer.from_pretrained(name)) for name in policies(config)}
     for name, (model, tokenizer) in models.items():
-        model.check_length(config.max_query + config.max_response)
+        with naming(name):
+            model.check_length(config.max_query + config.max_response)
         tokenizer.check_fits(model.config.vocab_size, name)
 
     run = Run(config)

@@ -287,7 +287,8 @@ def check_reward(reward, name, splits, config):
     except RunFailed as error:
         raise InputError(f"--reward {name}: {error}") from None
     if scores.isinf().any() or scores.isnan().any() and not leaves_out:
-        excusable = len(config.reward) == 1 and not scores.isinf().any() and not isinstance(reward, RewardModel)  # a sum leaves out a NaN, not more
+        # A sum leaves out what its terms know nothing of, a NaN; not an infinity, nor a fault of a model's.
+        excusable = len(config.reward) == 1 and not scores.isinf().any() and not isinstance(reward, RewardModel)
         raise InputError(f"--reward {name}: the scores of the first training rows are not finite; mend it"
                          + (f", or leave such rows out of the updates by writing it as a sum: --reward '1*{name}'" if excusable else ""))
     if leaves_out and score(splits.validation[:config.eval_rows]).isnan().all():

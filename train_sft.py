@@ -26,7 +26,7 @@ class Config(DataOptions, TrainOptions):
     n_embd: int = option(128, "width (random weights)", at_least=1)
     vocab_size: int = option(800, "entries of the tokenizer that is trained (random weights)", at_least=258)
     dropout: float = option(0.0, "dropout while training (random weights)", at_least=0, below=1)
-    label_smoothing: float = option(0.1, "probability mass that the targets spread over the whole vocabulary: keeps the policy exploring",
+    label_smoothing: float = option(0.1, "probability mass that the targets spread over the whole vocabulary: leaves PPO something to do",
                                     at_least=0, below=1)
     epochs: int = option(4, "passes over the training rows", group="Optimiser", at_least=1)
     batch_size: int = option(16, "rows of an optimiser step", at_least=1)

@@ -217,7 +217,7 @@ class Sandbox:
         if not isinstance(jobs, (list, tuple)):
             raise InputError(f"jobs must be a list, not {type(jobs).__name__}")
         jobs = [_prepare(job) for job in jobs]
-        self._open()
+        self._check_open()
         with ThreadPoolExecutor(len(self.workers)) as pool:
             try:
                 return list(pool.map(self._run, jobs))
@@ -236,7 +236,7 @@ class Sandbox:
         if text is None:
             worker = self.idle.get()
             try:
-                self._open()
+                self._check_open()
                 text = json.dumps(said := worker.run(job))
             finally:
                 self.idle.put(worker)
@@ -245,7 +245,7 @@ class Sandbox:
         said = json.loads(text)
         return Outcome(said["status"] == "ok", said["status"], said["seconds"], said["detail"], decode(said["value"]))
 
-    def _open(self):
+    def _check_open(self):
         if not self.workers:
             raise InputError("the sandbox is off or closed: no code is run")
 
